@@ -1,0 +1,50 @@
+# Each target makes its own environment in .venv; Python 3.11 or newer, make and a package index are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help demo test lint format docs bench mutants clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## train on the embedded data, relax with the result, write demo/report.html (minutes)
+	$(BIN)/matfound demo --out demo
+
+test: $(VENV)/.installed  ## all tests, with branch coverage
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
+
+lint: $(VENV)/.installed  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## let ruff repair what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.installed-docs  ## HTML pages in docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.installed  ## every benchmark, one after the other
+	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+
+mutants: $(VENV)/.installed  ## break the package on purpose and show that the tests notice
+	$(BIN)/python -m pytest -v tests/test_mutants.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) demo runs docs/_build docs/api/generated .coverage* .mypy_cache .pytest_cache .ruff_cache
+
+# torch goes first: packages that only ask for "torch" would otherwise choose a release of their own.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "matfound needs Python 3.11 or newer: make PYTHON=…"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet '$(TORCH)' -c constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[docs,test]'
+	@touch $@

@@ -1,0 +1,70 @@
+"""`matfound data info PATH`: what is in a file, before anything is trained on it."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matfound.cli.options import add_reading, reading
+
+if TYPE_CHECKING:
+    from matfound.data.dataset import SourceDataset
+
+_EXAMPLES = """\
+examples:
+  matfound data info minidft                              a dataset of the catalog
+  matfound data info my.extxyz.xz --key energy=REF_energy --unit energy=kcal/mol
+  matfound data info run/*.traj --key virial=virial       several files as one
+  matfound data info s2ef_train_200K/                     OC20 archives: N.extxyz.xz with N.txt.xz
+  matfound data info rattled-300-subsampled/              OMat24: .aselmdb files
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `data` and its verbs to argparse's subparsers."""
+    data = subparsers.add_parser("data", help="look into data", description="Look into data.")
+    verbs = data.add_subparsers(dest="data_verb", metavar="VERB", required=True)
+    info = verbs.add_parser(
+        "info",
+        help="print what is in a file",
+        description="Print what is in a file: frames, elements, sizes, labels with units and ranges, missing labels, duplicates, oddities.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.add_argument("path", nargs="+", metavar="PATH", help="files that ASE opens, a folder of OC20 or OMat24 files, or a catalog name")
+    info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_reading(info)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a verb of `data`; the exit code.
+
+    Raises:
+        InputError: the path cannot be read, or an option is not understood.
+    """
+    from matfound.data.info import describe
+
+    descriptions = [describe(dataset) for dataset in _datasets(args.path, reading(args))]
+    if args.json:
+        import json
+
+        content = [description.to_dict() for description in descriptions]
+        print(json.dumps(content[0] if len(content) == 1 else content, indent=1, ensure_ascii=False))
+        return 0
+    from matfound.cli.verbs import console
+    from matfound.data.info_text import render
+
+    terminal = console()
+    for description in descriptions:
+        terminal.print(render(description))
+        terminal.print()
+    return 0
+
+
+def _datasets(paths: list[str], options: dict[str, Any]) -> "list[SourceDataset]":
+    """What was named: a dataset of the catalog is shown as its sets, each of one level of theory."""
+    from matfound import catalog
+    from matfound.data.dataset import open_dataset
+
+    if len(paths) == 1 and not Path(paths[0]).exists() and paths[0] in catalog.names("datasets"):
+        return [open_dataset(name, **options) for name in catalog.dataset(paths[0]).datasets]
+    return [open_dataset(paths[0] if len(paths) == 1 else paths, **options)]

@@ -1,0 +1,161 @@
+"""OC20's structure-to-energy-and-forces archives as they are published: `N.extxyz.xz` with `N.txt.xz`.
+
+Line i of the text file, `randomSID,frameFID,reference`, belongs to frame i. The energies in the structure file are total DFT energies;
+total minus reference is the adsorption energy, which OC20's models and leaderboard use (Chanussot et al., ACS Catal. 11, 6059, 2021,
+doi:10.1021/acscatal.0c04525).
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ase
+
+from matfound import catalog
+from matfound.data.dataset import Frame, Source, SourceDataset, as_key_map, to_frame
+from matfound.data.extxyz import open_text, read_frames
+from matfound.errors import InputError
+from matfound.structures.keys import KeyMap
+
+
+class _Line(NamedTuple):
+    sid: str
+    fid: str
+    reference: float
+
+    @property
+    def id(self) -> str:
+        """The system and frame as the leaderboard writes them: "1000100_60" for random1000100,frame60."""
+        return f"{self.sid.removeprefix('random')}_{self.fid.removeprefix('frame')}"
+
+
+class ArchiveSource(Source):
+    """One archive: its text file is read at once, its structures when the first one is asked for."""
+
+    def __init__(self, structures: Path, references: Path, keys: KeyMap | None, total_energy: bool) -> None:
+        self.file, self._references = str(structures), str(references)
+        self._keys, self._total_energy = keys, total_energy
+        self._lines = _read_lines(references)
+        self.size = len(self._lines)
+        self._frames: list[Frame] | None = None
+
+    def frame(self, i: int) -> Frame:
+        if self._frames is None:
+            self._frames = self._read()
+        return self._frames[i]
+
+    def _read(self) -> list[Frame]:
+        frames = []
+        for index, atoms in read_frames(self.file):
+            if index >= self.size:
+                raise self._mismatch(f"more than {index}")
+            frames.append(self._convert(atoms, index))
+        if len(frames) != self.size:
+            raise self._mismatch(str(len(frames)))
+        return frames
+
+    def _mismatch(self, frames: str) -> InputError:
+        return InputError(
+            f"{frames} frames, but {self._references} has {self.size} lines",
+            remedy="fetch both files again: line i belongs to frame i",
+            file=self.file,
+        )
+
+    def _convert(self, atoms: ase.Atoms, index: int) -> Frame:
+        line = self._lines[index]
+        atoms.info.update(sid=line.sid, fid=line.fid, reference_energy=line.reference)
+        frame = to_frame(atoms, self._keys, self.file, index)
+        frame.data.id = line.id
+        if not self._total_energy:
+            if "energy" not in frame.data:
+                raise InputError(
+                    "no energy to subtract the reference from", remedy="fetch the file again", file=self.file, frame=index
+                )
+            frame.data.energy = frame.data.energy - line.reference
+        return frame
+
+
+def _read_lines(path: Path) -> list[_Line]:
+    lines = []
+    try:
+        with open_text(path) as stream:
+            for number, text in enumerate(stream, start=1):
+                if text.strip():
+                    lines.append(_parse(text.strip(), path, number))
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", remedy="fetch the file again", file=path) from error
+    if not lines:
+        raise InputError("the file is empty: no lines of 'randomSID,frameFID,energy'", remedy="fetch the file again", file=path)
+    return lines
+
+
+def _parse(text: str, path: Path, number: int) -> _Line:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 3 and parts[0] and parts[1] and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", parts[2]):
+        return _Line(parts[0], parts[1], float(parts[2]))
+    raise InputError(
+        f"line {number} is {text[:60]!r}, expected 'randomSID,frameFID,energy'", remedy="fetch the file again", file=path
+    )
+
+
+def _pairs(path: Path) -> list[tuple[Path, Path]]:
+    """The archives of a folder, in the order of their numbers, or the one that a file belongs to."""
+    folder = path if path.is_dir() else path.parent
+    found: dict[str, dict[str, Path]] = {}
+    for entry in sorted(folder.iterdir()):
+        match = re.fullmatch(r"(.+)\.(extxyz|txt)(\.xz)?", entry.name)
+        if match and match[2] not in found.setdefault(match[1], {}):  # "0.txt" sorts before, and is read instead of, "0.txt.xz"
+            found[match[1]][match[2]] = entry
+    if not path.is_dir():
+        stem = path.name.partition(".extxyz")[0] if ".extxyz" in path.name else path.name.partition(".txt")[0]
+        found = {stem: found.get(stem, {})}
+    archives = [stem for stem, files in found.items() if "extxyz" in files]
+    if not archives:
+        raise InputError("no archives: expected N.extxyz.xz with N.txt.xz", remedy="name the folder that has them", file=path)
+    for stem, files in found.items():
+        if "extxyz" in files and "txt" not in files:
+            raise InputError(
+                f"its text file {stem}.txt.xz (or .txt) is missing",
+                remedy="fetch it: it has the ids and the references",
+                file=files["extxyz"],
+            )
+        if "extxyz" not in files and stem.isdigit():
+            raise InputError(f"its structures {stem}.extxyz.xz (or .extxyz) are missing", remedy="fetch them", file=files["txt"])
+    order = sorted(archives, key=lambda stem: (not stem.isdigit(), int(stem) if stem.isdigit() else 0, stem))
+    return [(found[stem]["extxyz"], found[stem]["txt"]) for stem in order]
+
+
+class OC20Archives(SourceDataset):
+    """OC20 S2EF folders. `fixed` and `tags` come with the structures; `id` is "SID_FID"; `sid` and `fid` are keys to split by.
+
+    An archive stays in memory once it was read; for shuffled training on millions of frames that is more than a machine has.
+
+    Args:
+        path: folder or folders with the archives, or one archive's file.
+        name: see `Dataset`.
+        total_energy: keep the total energies instead of subtracting the reference energies.
+        keys: as for `FileDataset`.
+        allow_missing: as for `FileDataset`.
+
+    Raises:
+        InputError: no archives, one of a pair is missing or damaged, a line is not what it should be, or (when the archive is first
+            read) the numbers of frames and lines differ: both files are named.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        name: str = "oc20",
+        total_energy: bool = False,
+        keys: Mapping[str, Any] | None = None,
+        allow_missing: bool = False,
+    ) -> None:
+        mapped = as_key_map(keys)
+        paths = [path] if isinstance(path, str | os.PathLike) else path
+        pairs = [pair for entry in paths for pair in _pairs(catalog.resolve(entry))]
+        sources = [ArchiveSource(structures, references, mapped, total_energy) for structures, references in pairs]
+        super().__init__(sources, name, mapped, allow_missing)

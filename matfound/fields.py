@@ -1,0 +1,132 @@
+"""The one table of what a structure can carry.
+
+Collate, index increments, concatenation, validation, rotation in tests, ASE keys and the documentation's table are derived from
+`FIELDS`; nothing about a field is written a second time. Units are matfound's internal ones: eV, Å, e and their products.
+"""
+
+import dataclasses
+from typing import Literal
+
+from matfound.errors import InputError, nearest
+
+Level = Literal["atom", "edge", "bond", "system"]
+DType = Literal["float64", "int64", "bool", "str"]
+#: Which count an index field is shifted by when samples are joined.
+Index = Literal["atom", "edge"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One quantity of a structure.
+
+    Args:
+        name: attribute name on `AtomicData`.
+        level: what one row belongs to.
+        dtype: storage type; "str" fields are lists of str, one per system.
+        shape: trailing shape of one row, e.g. (3,) for forces.
+        unit: internal unit, as `matfound.units` spells it; "" for none.
+        irreps: how one row transforms under rotations (e3nn notation); "" means that it does not transform.
+            A (3, 3) row with "1o" is three row vectors (a cell); with "0e+2e" or "0e+1e+2e" it is a Cartesian tensor.
+        required: present in every structure.
+        label: something to predict; labels and optional inputs may be missing.
+        index: the values are indices of atoms or edges, shifted when samples are joined.
+        cat_dim: the axis that grows when samples are joined.
+        ase_key: name in `atoms.info` / `atoms.arrays` / `atoms.calc.results`; "" where ASE has its own place for it.
+        description: one line for the documentation.
+    """
+
+    name: str
+    level: Level
+    dtype: DType = "float64"
+    shape: tuple[int, ...] = ()
+    unit: str = ""
+    irreps: str = ""
+    required: bool = False
+    label: bool = False
+    index: Index | None = None
+    cat_dim: int = 0
+    ase_key: str = ""
+    description: str = ""
+
+    @property
+    def missing(self) -> float | int | str:
+        """The value that stands for "no value here" in a batch."""
+        return {"float64": float("nan"), "int64": -1, "bool": False, "str": ""}[self.dtype]
+
+
+def _table(*fields: Field) -> dict[str, Field]:
+    return {field.name: field for field in fields}
+
+
+FIELDS: dict[str, Field] = _table(
+    # The structure itself.
+    Field("numbers", "atom", "int64", required=True, description="atomic numbers, 1 to 118"),
+    Field("pos", "atom", shape=(3,), unit="Å", irreps="1o", description="Cartesian positions; molecules from SMILES may have none"),
+    Field("cell", "system", shape=(3, 3), unit="Å", irreps="1o", required=True,
+          description="lattice vectors as rows; zeros where there is no lattice"),
+    Field("pbc", "system", "bool", (3,), required=True, description="periodic along each lattice vector"),
+    Field("tags", "atom", "int64", ase_key="tags", description="OC20: 0 subsurface, 1 surface, 2 adsorbate"),
+    Field("fixed", "atom", "int64", description="1 where a FixAtoms constraint holds the atom"),
+    Field("charge", "system", unit="e", ase_key="charge", description="total charge"),
+    Field("spin", "system", ase_key="spin", description="number of unpaired electrons"),
+    Field("bond_index", "bond", "int64", index="atom", cat_dim=1, description="(2, bonds): bonded atoms, both directions"),
+    Field("bond_type", "bond", "int64", description="1 single, 2 double, 3 triple, 4 aromatic"),
+    Field("formal_charges", "atom", unit="e", description="formal charges of a molecule from SMILES"),
+    Field("implicit_hydrogens", "atom", "int64", description="hydrogens that a molecule from SMILES does not list as atoms"),
+    Field("dataset", "system", "int64", description="index into the checkpoint's dataset vocabulary (level of theory)"),
+    Field("id", "system", "str", ase_key="frame_id", description="name of the frame in its source"),
+    Field("config_type", "system", "str", ase_key="config_type", description="kind of frame, for error tables"),
+    # Graphs; `edge_index@name` and so on for a backbone's further graphs.
+    Field("edge_index", "edge", "int64", index="atom", cat_dim=1, description="(2, edges): source, target; sorted by target"),
+    Field("edge_shift", "edge", "int64", (3,), description="lattice image of the source atom"),
+    Field("edge_perm", "edge", "int64", index="edge", description="permutation that sorts the edges by source"),
+    # Labels.
+    Field("energy", "system", unit="eV", irreps="0e", label=True, ase_key="energy", description="potential energy"),
+    Field("forces", "atom", shape=(3,), unit="eV/Å", irreps="1o", label=True, ase_key="forces", description="-dE/dpos"),
+    Field("stress", "system", shape=(3, 3), unit="eV/Å^3", irreps="0e+2e", label=True, ase_key="stress",
+          description="(1/V) dE/dstrain, positive in tension"),
+    Field("dipole", "system", shape=(3,), unit="e*Å", irreps="1o", label=True, ase_key="dipole", description="electric dipole"),
+    Field("dipole_magnitude", "system", unit="e*Å", irreps="0e", label=True, ase_key="dipole_magnitude",
+          description="length of the electric dipole"),
+    Field("gap", "system", unit="eV", irreps="0e", label=True, ase_key="gap", description="HOMO-LUMO or band gap"),
+    Field("charges", "atom", unit="e", irreps="0e", label=True, ase_key="charges", description="partial charges"),
+    Field("magmoms", "atom", unit="μB", irreps="0e", label=True, ase_key="magmoms", description="atomic magnetic moments"),
+    Field("formation_energy", "system", unit="eV/atom", irreps="0e", label=True, ase_key="formation_energy_per_atom",
+          description="formation energy per atom"),
+    Field("hull_distance", "system", unit="eV/atom", irreps="0e", label=True, ase_key="e_above_hull",
+          description="energy above the convex hull per atom"),
+)
+
+#: Bookkeeping that collate adds: atoms, edges (per graph) and bonds of each system, and the system of each atom.
+COUNTS: dict[Level, str] = {"atom": "natoms", "edge": "nedges", "bond": "nbonds"}
+
+MAIN_GRAPH = "main"
+
+
+def graph_key(base: str, graph: str = MAIN_GRAPH) -> str:
+    """Attribute name of a graph's field: `edge_index` for the main graph, `edge_index@a2a` for others."""
+    return base if graph == MAIN_GRAPH else f"{base}@{graph}"
+
+
+def find(name: str) -> Field:
+    """The field of an attribute name (a graph suffix is understood).
+
+    Raises:
+        InputError: unknown name; the nearest known one is suggested.
+    """
+    field = FIELDS.get(name.partition("@")[0])
+    if field is None:
+        raise InputError(f"unknown field '{name}'", remedy=nearest(name, FIELDS) + "; new ones: matfound.fields.declare")
+    return field
+
+
+def declare(field: Field) -> Field:
+    """Add a field of your own, e.g. a label that is not in the table. Declaring the same field twice is fine.
+
+    Raises:
+        InputError: the name is taken by a different field.
+    """
+    known = FIELDS.setdefault(field.name, field)
+    if known != field:
+        raise InputError(f"field '{field.name}' is already declared as {known}, received {field}", remedy="choose another name")
+    return field

@@ -1,0 +1,369 @@
+"""Periodic radius graphs: which atoms are within a cutoff of which images of which others.
+
+A search finds candidate pairs, a little beyond the cutoff: pymatgen's compiled cell list on the CPU, vesin on a GPU, and
+nvalchemi-toolkit-ops for whole batches on a GPU where it is installed. One selection then recomputes every distance and decides which
+candidates are edges and in which order, so that the graph is the same whichever search found them.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from matfound.errors import InputError
+from matfound.fields import graph_key
+from matfound.graphs.spec import GraphSpec
+from matfound.structures.atomic_data import AtomicData, check_lattice
+
+#: Two atoms closer than this (Å) are one atom listed twice.
+COINCIDENT = 1e-3
+#: Candidates are searched this much (Å) beyond what is asked for, so that rounding in a search never loses an edge.
+MARGIN = 1e-6
+#: Positions beyond this (Å) leave too few digits for distances.
+FARTHEST = 1e8
+#: More images than this of one structure are no crystal but a cell in the wrong unit.
+MAX_IMAGES = 10**8
+
+
+class Graph(NamedTuple):
+    """Edges sorted by target, then distance, then source, then shift.
+
+    Args:
+        edge_index: source and target of each edge.
+        edge_shift: lattice image of the source: the edge vector is `pos[source] + edge_shift @ cell - pos[target]`.
+        edge_perm: the stable permutation that sorts the edges by source.
+    """
+
+    edge_index: Int[Tensor, "2 edges"]
+    edge_shift: Int[Tensor, "edges 3"]
+    edge_perm: Int[Tensor, " edges"]
+
+
+class _Pairs(NamedTuple):
+    """Candidate edges in any order, self pairs included."""
+
+    source: Int[Tensor, " pairs"]
+    target: Int[Tensor, " pairs"]
+    shift: Int[Tensor, "pairs 3"]
+
+    def take(self, rows: Int[Tensor, " rows"]) -> "_Pairs":
+        return _Pairs(*(tensor.index_select(0, rows) for tensor in self))
+
+
+class _Geometry(NamedTuple):
+    """What a search needs of one structure or a batch. `batch` is the system of each atom."""
+
+    pos: Float[Tensor, "atoms 3"]
+    cell: Float[Tensor, "systems 3 3"]
+    pbc: Bool[Tensor, "systems 3"]
+    batch: Int[Tensor, " atoms"]
+
+
+def radius_graph(pos: Float[Tensor, "atoms 3"], cell: Float[Tensor, "3 3"], pbc: Bool[Tensor, "3"], spec: GraphSpec) -> Graph:
+    """The radius graph of one structure.
+
+    An edge exists where |pos[source] + shift @ cell - pos[target]| < cutoff, strictly; an atom is its own neighbour only through
+    another image. Lattice vectors along which `pbc` is False are not used, whatever they are.
+
+    Args:
+        pos: positions in Å, float64; on a GPU the search runs there. Atoms may lie outside the cell.
+        cell: lattice vectors as rows, Å.
+        pbc: periodic along each lattice vector.
+        spec: cutoff and `max_neighbors`.
+
+    Raises:
+        InputError: positions that are not finite, two atoms in one place, a periodic cell without volume, or a GPU without vesin.
+    """
+    batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)
+    geometry = _Geometry(pos.detach(), cell.detach()[None], pbc[None], batch)
+    return _select(_search(geometry, spec.cutoff), geometry, spec)
+
+
+def add_graphs(data: AtomicData, graphs: Mapping[str, GraphSpec]) -> AtomicData:
+    """Set `edge_index`, `edge_shift` and `edge_perm` of each named graph, in place; all share one search at the largest cutoff.
+
+    A batch works too, with the result that collating the single structures would give.
+
+    Returns the same object.
+
+    Raises:
+        InputError: as `radius_graph`, and for a structure without positions.
+    """
+    if not graphs:
+        return data
+    geometry = _geometry(data)
+    return _set_graphs(data, graphs, geometry, _search(geometry, max(spec.cutoff for spec in graphs.values())))
+
+
+def edge_vectors(batch: AtomicData, graph: str = "main") -> Float[Tensor, "edges 3"]:
+    """Vectors from target to source, `pos[source] + edge_shift @ cell - pos[target]`, Å, float64; of a structure or a batch."""
+    source, target = batch[graph_key("edge_index", graph)]
+    systems = batch.batch if batch.is_batch else None
+    return _vectors(batch.pos, batch.cell, systems, _Pairs(source, target, batch[graph_key("edge_shift", graph)]))
+
+
+class SkinList:
+    """Graphs of a structure that moves, with a search only now and then.
+
+    Candidates are searched out to the largest cutoff + `skin` and re-used until an atom has moved more than skin/2, or the cell, the
+    periodicity or the atoms have changed. The graphs equal those of `add_graphs` at every step.
+
+    Args:
+        graphs: the graphs to set, by name.
+        skin: Å; larger means fewer searches and more candidates.
+    """
+
+    def __init__(self, graphs: Mapping[str, GraphSpec], skin: float = 0.5) -> None:
+        if not skin >= 0:
+            raise InputError(f"skin must be at least 0 Å, received {skin}")
+        self.graphs = dict(graphs)
+        self.skin = skin
+        #: How often candidates were searched for.
+        self.searches = 0
+        self._found: tuple[_Pairs, _Geometry, Tensor] | None = None
+
+    def update(self, data: AtomicData) -> AtomicData:
+        """Set the graphs of `data` in place, as `add_graphs` does, and return it."""
+        if not self.graphs:
+            return data
+        geometry = _geometry(data)
+        if self._found is None or self._moved(self._found, geometry, data.numbers):
+            self._found = None  # nothing is kept should the search fail
+            pairs = _search(geometry, max(spec.cutoff for spec in self.graphs.values()) + self.skin)
+            self._found = (pairs, _Geometry(*(tensor.clone() for tensor in geometry)), data.numbers.clone())
+            self.searches += 1
+        return _set_graphs(data, self.graphs, geometry, self._found[0])
+
+    def _moved(self, found: tuple[_Pairs, _Geometry, Tensor], geometry: _Geometry, numbers: Tensor) -> bool:
+        _, reference, reference_numbers = found
+        if reference.pos.device != geometry.pos.device or not torch.equal(reference_numbers, numbers):
+            return True
+        if not all(torch.equal(getattr(reference, name), getattr(geometry, name)) for name in ("cell", "pbc", "batch")):
+            return True
+        squared = (geometry.pos - reference.pos).square().sum(1)
+        return not bool((squared <= (self.skin / 2) ** 2).all())  # a NaN counts as moved, and the search refuses it
+
+
+def _geometry(data: AtomicData) -> _Geometry:
+    if "pos" not in data:
+        raise InputError(
+            "the structure has no positions, so that it has no radius graph", remedy="for SMILES: from_smiles(..., conformer_seed=0)"
+        )
+    batch = data.batch if data.is_batch else torch.zeros(data.num_nodes, dtype=torch.int64, device=data.pos.device)
+    return _Geometry(data.pos.detach(), data.cell.detach(), data.pbc, batch)
+
+
+def _set_graphs(data: AtomicData, graphs: Mapping[str, GraphSpec], geometry: _Geometry, pairs: _Pairs) -> AtomicData:
+    for name, spec in graphs.items():
+        graph = _select(pairs, geometry, spec)
+        for field, value in graph._asdict().items():
+            data[graph_key(field, name)] = value
+        if data.is_batch:
+            systems = geometry.batch[graph.edge_index[1]]
+            data[graph_key("nedges", name)] = torch.bincount(systems, minlength=data.num_systems)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------- selection
+
+
+def _vectors(pos: Tensor, cell: Tensor, batch: Tensor | None, pairs: _Pairs) -> Tensor:
+    """Edge vectors, exactly opposite for the two directions of a pair, so that both or neither are within the cutoff.
+
+    Element-wise products instead of a matrix product make a value independent of where in the array it is computed.
+    """
+    source, target, shift = pairs
+    vectors = pos.index_select(0, source) - pos.index_select(0, target)
+    cells = cell.index_select(0, batch[target]) if batch is not None and len(cell) > 1 else cell
+    for k, steps in enumerate(shift.to(pos.dtype).split(1, dim=1)):
+        vectors = vectors + steps * cells[:, k]
+    return vectors
+
+
+def _select(pairs: _Pairs, geometry: _Geometry, spec: GraphSpec) -> Graph:
+    """Candidates to edges: the exact cutoff, the canonical order, then `max_neighbors`."""
+    natoms = len(geometry.pos)
+    x, y, z = _vectors(geometry.pos, geometry.cell, geometry.batch, pairs).unbind(1)
+    squared = x * x + y * y + z * z
+    itself = (pairs.source == pairs.target) & (pairs.shift == 0).all(1)
+    kept = torch.nonzero((squared.sqrt() < spec.cutoff) & ~itself).squeeze(1)
+    pairs, squared = pairs.take(kept), squared[kept]
+    _refuse_coincident(pairs, squared, geometry)
+
+    order = _canonical_order(pairs, squared.sqrt())
+    pairs, squared = pairs.take(order), squared[order]
+    if spec.max_neighbors is not None:
+        mask = _nearest(pairs.target, squared, spec, natoms)
+        pairs = pairs.take(torch.nonzero(mask).squeeze(1))
+    return Graph(torch.stack([pairs.source, pairs.target]), pairs.shift, _argsort(pairs.source))
+
+
+def _refuse_coincident(pairs: _Pairs, squared: Tensor, geometry: _Geometry) -> None:
+    if not len(squared) or squared.min() >= COINCIDENT**2:
+        return
+    k = int(squared.argmin())
+    first = int(torch.searchsorted(geometry.batch, geometry.batch[pairs.target[k]]))  # atoms are counted within their system
+    i, j = sorted((int(pairs.source[k]) - first, int(pairs.target[k]) - first))
+    distance = float(squared[k].sqrt())
+    what = f"atoms {i} and {j} are in the same place" if i != j else f"atom {i} falls on its own image"
+    raise InputError(f"{what} (distance {distance:.1e} Å)", remedy="remove the duplicate, or check the cell and the unit of length")
+
+
+def _nearest(target: Tensor, squared: Tensor, spec: GraphSpec, natoms: int) -> Tensor:
+    """Mask of the edges that `max_neighbors` keeps; edges come in canonical order."""
+    limit = spec.max_neighbors
+    assert limit is not None
+    counts = torch.bincount(target, minlength=natoms)
+    first = torch.cumsum(counts, 0) - counts
+    if spec.strict:
+        return torch.arange(len(target), device=target.device) - first[target] < limit
+    crowded = counts > limit
+    farthest = torch.full((natoms,), torch.inf, dtype=squared.dtype, device=squared.device)
+    farthest[crowded] = squared[first[crowded] + limit] + spec.tie_tolerance
+    return squared <= farthest[target]
+
+
+def _canonical_order(pairs: _Pairs, distance: Tensor) -> Tensor:
+    """Permutation that sorts by target, then distance, then source, then shift."""
+    order = _argsort(distance, stable=False)
+    order = order[_argsort(pairs.target[order])]
+    target, sorted_distance = pairs.target[order], distance[order]
+    tied = (target[1:] == target[:-1]) & (sorted_distance[1:] == sorted_distance[:-1])
+    if not tied.any():
+        return order
+    # Equal distances, as in a perfect crystal: sort by every key, the least significant first.
+    order = torch.arange(len(distance), device=distance.device)
+    for key in (*pairs.shift.flip(1).unbind(1), pairs.source, distance, pairs.target):
+        order = order[_argsort(key[order])]
+    return order
+
+
+def _argsort(key: Tensor, stable: bool = True) -> Tensor:
+    """As torch.argsort; numpy is several times faster on one CPU thread."""
+    if key.is_cuda or not len(key):
+        return torch.argsort(key, stable=stable)
+    array = key.numpy()
+    if stable and array.dtype == np.int64 and array.max() - (lowest := array.min()) < 2**16:
+        array = (array - lowest).astype(np.uint16)  # sorted by radix, in linear time
+    return torch.from_numpy(np.argsort(array, kind="stable" if stable else "quicksort"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- search
+
+
+def _search(geometry: _Geometry, radius: float) -> _Pairs:
+    """All pairs within `radius` and some more, self pairs perhaps among them."""
+    pos, cell, pbc, batch = geometry
+    _refuse_positions(geometry)
+    if not len(pos):
+        return _empty(pos.device)
+    lattices = _lattices(cell, pbc)
+    inverse = torch.linalg.inv(lattices)
+    _refuse_images(inverse, pbc, batch, radius)
+    # Atoms are wrapped into their cell along periodic directions: searches are not all right about atoms far outside.
+    inverse, frame = inverse.to(pos.device), lattices.to(pos.device)
+    wraps = torch.floor((pos[:, None, :] @ inverse[batch]).squeeze(1)) * pbc[batch]
+    wrapped = pos - (wraps[:, None, :] @ frame[batch]).squeeze(1)
+    reach = radius + MARGIN
+    if pos.is_cuda and len(cell) > 1 and (found := _search_nvalchemi(wrapped, frame, pbc, batch, reach)) is not None:
+        pairs = found
+    else:
+        one = _search_vesin if pos.is_cuda else _search_pymatgen
+        firsts = torch.searchsorted(batch, torch.arange(len(cell) + 1, device=batch.device)).tolist()
+        found_by_system = [_empty(pos.device)]
+        for system in range(len(cell)):
+            start, stop = firsts[system], firsts[system + 1]
+            if stop > start:
+                source, target, shift = one(wrapped[start:stop], frame[system], pbc[system], reach)
+                found_by_system.append(_Pairs(source + start, target + start, shift))
+        pairs = _Pairs(*(torch.cat(pieces) for pieces in zip(*found_by_system, strict=True)))
+    steps = wraps.to(torch.int64)
+    return pairs._replace(shift=pairs.shift + steps.index_select(0, pairs.target) - steps.index_select(0, pairs.source))
+
+
+def _empty(device: torch.device) -> _Pairs:
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return _Pairs(none, none, none.reshape(0, 3))
+
+
+def _refuse_positions(geometry: _Geometry) -> None:
+    wrong = torch.nonzero(~(geometry.pos.abs() < FARTHEST).all(1))
+    if len(wrong):
+        atom = int(wrong[0])
+        where = geometry.pos[atom].tolist()
+        raise InputError(f"field 'pos' of atom {atom} is not finite or beyond {FARTHEST:g} Å: {where}", remedy="repair or remove the frame")
+
+
+def _lattices(cell: Tensor, pbc: Tensor) -> Tensor:
+    """The cells on the CPU, with unit vectors orthogonal to the periodic ones in place of the others. The result is invertible.
+
+    A vector that is not periodic must not matter, and it may be zero or parallel to another.
+    """
+    lattices = cell.cpu().clone()
+    for lattice, periodic in zip(lattices, pbc.cpu(), strict=True):
+        check_lattice(lattice, periodic)
+        if not periodic.all():
+            rows = torch.where(periodic[:, None], lattice, 0.0)
+            lattice[~periodic] = torch.linalg.svd(rows).Vh[int(periodic.sum()) :]
+    return lattices
+
+
+def _refuse_images(inverse: Tensor, pbc: Tensor, batch: Tensor, radius: float) -> None:
+    """A cell a thousand times too small would otherwise fill the memory."""
+    heights = 1 / torch.linalg.vector_norm(inverse, dim=1)
+    images = torch.where(pbc.cpu(), 2 * torch.ceil(radius / heights) + 1, 1.0).prod(1)
+    images = images * torch.bincount(batch, minlength=len(inverse)).cpu()
+    if images.max() > MAX_IMAGES:
+        system = int(images.argmax())
+        spacing = [f"{height:.2g}" for height, periodic in zip(heights[system].tolist(), pbc[system].tolist(), strict=True) if periodic]
+        raise InputError(
+            f"the distance between lattice planes is {', '.join(spacing)} Å: {images.max():.1e} images within {radius:g} Å",
+            remedy="check the cell and its unit",
+        )
+
+
+def _search_pymatgen(pos: Tensor, lattice: Tensor, pbc: Tensor, reach: float) -> _Pairs:
+    from pymatgen.optimization.neighbors import find_points_in_spheres
+
+    points = np.ascontiguousarray(pos.numpy())
+    # The search bins space in cubes of its radius, at 200 bytes each: with a larger radius where atoms are few and far between.
+    extent = points.max(0) - points.min(0)
+    radius = reach
+    while np.prod(np.floor(extent / radius) + 3) > 100_000 + len(points):
+        radius *= 1.5
+    periodic = np.ascontiguousarray(pbc.numpy().astype(np.int64))
+    target, source, shift, distance = find_points_in_spheres(points, points, radius, periodic, np.ascontiguousarray(lattice.numpy()))
+    pairs = _Pairs(*(torch.from_numpy(array) for array in (source, target, np.rint(shift).astype(np.int64))))
+    if radius > reach:
+        pairs = pairs.take(torch.from_numpy(np.flatnonzero(distance <= reach)))
+    return pairs
+
+
+def _search_vesin(pos: Tensor, lattice: Tensor, pbc: Tensor, reach: float) -> _Pairs:
+    try:
+        import vesin
+    except ImportError:
+        raise InputError("neighbours on a GPU need vesin", remedy='pip install "matfound[gpu]", or build the graph on the CPU') from None
+    neighbors = vesin.NeighborList(cutoff=reach, full_list=True)
+    target, source, shift = neighbors.compute(pos, lattice, pbc, "ijS", copy=True)
+    return _Pairs(source.to(torch.int64), target.to(torch.int64), shift.to(torch.int64))
+
+
+def _search_nvalchemi(pos: Tensor, lattices: Tensor, pbc: Tensor, batch: Tensor, reach: float) -> _Pairs | None:
+    """A whole batch in one call; None where nvalchemi-toolkit-ops (0.3 or newer) is not installed."""
+    try:
+        from nvalchemiops.torch.neighbors import NeighborOverflowError, neighbor_list  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    # It counts the systems by their atoms, so that one without atoms must not be there.
+    systems, index = torch.unique(batch, return_inverse=True)
+    options = {"cell": lattices[systems], "pbc": pbc[systems], "batch_idx": index.to(torch.int32), "return_neighbor_list": True}
+    try:
+        pairs, _, shift = neighbor_list(pos, reach, **options)
+    except NeighborOverflowError as overflow:
+        pairs, _, shift = neighbor_list(pos, reach, max_neighbors=overflow.num_neighbors, **options)
+    target, source = pairs.to(torch.int64)
+    return _Pairs(source, target, shift.to(torch.int64))

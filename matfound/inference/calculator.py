@@ -1,0 +1,108 @@
+"""The ASE calculator."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ase
+import numpy as np
+import torch
+from ase.calculators.calculator import Calculator as ASECalculator
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+from ase.outputs import Properties, all_outputs
+from torch import Tensor
+
+from matfound.errors import InputError
+from matfound.graphs.neighbors import SkinList
+from matfound.inference.predict import clean, evaluate, has_lattice, model_input, ready, split
+from matfound.inference.results import as_results
+from matfound.models.base import Potential
+from matfound.structures.ase import from_atoms
+from matfound.structures.atomic_data import AtomicData, collate
+
+
+class Calculator(ASECalculator):
+    """A trained potential as an ASE calculator.
+
+    `implemented_properties` are the model's outputs: energy (eV; also `free_energy`, the same, and `energies`, of each atom),
+    forces (eV/Å), stress (eV/Å³, positive in tension, Voigt order xx, yy, zz, yz, xz, xy; none without a lattice), dipole (e·Å),
+    charges (e), magmoms (μB), and what else the model predicts under the name of its field (`gap`, `dipole_magnitude`, …).
+
+    `atoms.info["charge"]` and `["spin"]` are read where the model uses them.
+
+    Args:
+        model: name or folder of a checkpoint, or a `Potential` (which is copied).
+        device: "cpu", "cuda", "cuda:1", …
+        dtype: "float32" or "float64"; None takes the type of the weights. For tight relaxations and vibrations: "float64".
+        head: level of theory, a name in `model.datasets`; None takes the model's default for the kind of structure.
+        skin: Å; the neighbour search is repeated only when an atom has moved by more than half of it.
+
+    Raises:
+        InputError: unknown model, device, dtype or head; on calculation: an element that the model has not seen, positions that
+            are not finite, a lattice without volume, or an output that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Potential,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        head: str | None = None,
+        skin: float = 0.5,
+    ) -> None:
+        super().__init__()
+        # Neither is an input of a model: total charge and spin are, and they are in `info`.
+        self.ignored_changes = {"initial_charges", "initial_magmoms"}
+        self.potential = ready(model, device, dtype)
+        if head is not None:
+            self.potential.dataset_index(head)
+        self.head = head
+        self.neighbors = SkinList(self.potential.graphs, skin=skin)
+        names = list(self.potential.outputs)
+        if "energy" in names:
+            names += ["free_energy", "energies"]
+        self.implemented_properties = names
+
+    def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; ASE itself does not look at `info` and tags."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if self.atoms is not None:
+            changes += [key for key in ("charge", "spin") if self.atoms.info.get(key) != atoms.info.get(key)]
+            if "numbers" not in changes and not np.array_equal(self.atoms.get_tags(), atoms.get_tags()):
+                changes.append("tags")
+        return changes
+
+    def calculate(
+        self,
+        atoms: ase.Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Set `self.results`; everything that the model predicts comes at once."""
+        self.results = {}
+        super().calculate(atoms, properties, system_changes)
+        if self.atoms is None:
+            raise InputError("there are no atoms to calculate", remedy="set atoms.calc, or hand atoms over")
+        data = model_input(self.potential, from_atoms(self.atoms, labels=False), self.head)
+        if "stress" in properties and not has_lattice(data):
+            raise PropertyNotImplementedError("stress needs a lattice: this structure is not periodic, or its cell has no volume")
+        self.results = as_results(self._predict(data))
+
+    def export_properties(self) -> Properties:
+        """The results that ASE has a place for."""
+        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
+
+    def _predict(self, data: AtomicData) -> dict[str, Tensor]:
+        if not data.num_nodes:
+            return _nothing(self.potential, data)
+        batch = collate([data]).to(next(self.potential.parameters()).device)
+        self.neighbors.update(batch)
+        return clean(split(evaluate(self.potential, batch), batch)[0], data)
+
+
+def _nothing(potential: Potential, data: AtomicData) -> dict[str, Tensor]:
+    """What no atoms have: no energy, forces or stress; a gap, say, they do not have."""
+    shapes = {"energy": (1,), "energies": (0,), "forces": (0, 3), "stress": (1, 3, 3)}
+    names = {*potential.outputs, *(["energies"] if "energy" in potential.outputs else [])}
+    out = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items() if name in names}
+    return clean(out, data)

@@ -1,0 +1,205 @@
+"""The NequIP family: equivariant message passing by channelwise tensor products.
+
+NequIP: Batzner et al., Nat. Commun. 13, 2453 (2022), arXiv:2101.03164. SevenNet: Park et al., J. Chem. Theory Comput. 20, 4857 (2024),
+arXiv:2402.03789: the same network with a linear self-connection; its published weights have SO(3) symmetry only.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from e3nn.o3 import Irreps
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matfound.errors import InputError
+from matfound.fields import MAIN_GRAPH
+from matfound.graphs.neighbors import edge_vectors
+from matfound.graphs.spec import GraphSpec
+from matfound.models.base import Backbone, NodeFeatures, Statistics
+from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
+from matfound.nn.gate import Gate
+from matfound.nn.linear import IrrepsLinear
+from matfound.nn.radial import BesselBasis, RadialMLP
+from matfound.nn.so3.harmonics import spherical_harmonics
+from matfound.ops.tensor_product import TensorProductSpec, tensor_product_gather_sum
+from matfound.structures.atomic_data import AtomicData
+
+SelfConnection = Literal["linear", "nequip", "none"]
+
+
+class Interaction(nn.Module):
+    """One layer: x ← gate( L₂( Σ_j w(r_ij) · (L₁ x_j ⊗ Y(r̂_ij)) / denominator ) + self-connection(x) ).
+
+    Args:
+        irreps_in: features that come in.
+        irreps_out: features that go out.
+        irreps_sh: harmonics of the edges.
+        radial: widths of the weight network, from the number of radial functions to the last hidden layer.
+        num_elements: for the element-wise self-connection.
+        self_connection: "linear" (SevenNet), "nequip" (a matrix an element) or "none".
+        normalize_radial: second-moment factor in the weight network (see `RadialMLP`).
+        backend: of the tensor product, see `matfound.ops.backends`.
+    """
+
+    def __init__(
+        self,
+        irreps_in: str,
+        irreps_out: str,
+        irreps_sh: str,
+        radial: Sequence[int],
+        num_elements: int,
+        self_connection: SelfConnection,
+        normalize_radial: bool = True,
+        backend: str = "reference",
+    ) -> None:
+        super().__init__()
+        self.gate = Gate(irreps_out)
+        irreps_gate = str(self.gate.irreps_in)
+        self.spec = TensorProductSpec.full(irreps_in, irreps_sh, irreps_gate)
+        self.backend = backend
+        self.linear_in = IrrepsLinear(irreps_in, irreps_in)
+        self.weight_network = RadialMLP([*radial, self.spec.weight_numel], normalize=normalize_radial)
+        self.linear_out = IrrepsLinear(self.spec.irreps_out, irreps_gate)
+        self.elementwise = self_connection == "nequip"
+        self.self_connection = None
+        if self_connection != "none":
+            self.self_connection = IrrepsLinear(irreps_in, irreps_gate, num_elements if self.elementwise else None)
+        self.register_buffer("denominator", torch.ones(()))
+
+    def forward(
+        self,
+        x: Float[Tensor, "atoms dim_in"],
+        element: Int[Tensor, " atoms"],
+        harmonics: Float[Tensor, "edges dim_sh"],
+        radial: Float[Tensor, "edges num"],
+        source: Int[Tensor, " edges"],
+        target: Int[Tensor, " edges"],
+    ) -> Float[Tensor, "atoms dim_out"]:
+        """New features of each atom."""
+        weights = self.weight_network(radial)
+        messages = tensor_product_gather_sum(self.spec, self.linear_in(x), harmonics, weights, source, target, self.backend)
+        out = self.linear_out(messages / self.denominator)
+        if self.self_connection is not None:
+            out = out + self.self_connection(x, element if self.elementwise else None)
+        return self.gate(out)
+
+
+class NequIP(Backbone):
+    """Plain NequIP and SevenNet's architecture in one class.
+
+    Args:
+        cutoff: Å.
+        num_layers: interaction layers.
+        irreps: features between the layers, e.g. "32x0e+32x1o+32x2e" (natural parity), "32x0e+32x0o+…" (full O(3)) or, with
+            symmetry "SE3", all even: "128x0e+64x1e+32x2e". The last layer keeps the scalars only.
+        lmax: highest degree of the edge harmonics.
+        symmetry: "E3", or "SE3" where parity is ignored (SevenNet's published models).
+        num_basis: Bessel functions.
+        radial_hidden: hidden widths of the weight networks.
+        elements: atomic numbers that the embedding knows, in the order of its rows.
+        self_connection: "linear" (SevenNet), "nequip" or "none".
+        envelope: "polynomial" (p = `envelope_p`) or "xplor" (onset at `envelope_onset` Å).
+        trainable_basis: train the frequencies of the Bessel functions.
+        normalize_harmonics: harmonics of directions; False: of raw vectors (SevenNet-0 of May 2024).
+        normalize_radial: second-moment factor in the weight networks.
+        backend: of the tensor products.
+    """
+
+    channels: int
+
+    def __init__(
+        self,
+        cutoff: float = 5.0,
+        num_layers: int = 3,
+        irreps: str = "32x0e+32x1o+32x2e",
+        lmax: int = 2,
+        symmetry: Literal["E3", "SE3"] = "E3",
+        num_basis: int = 8,
+        radial_hidden: Sequence[int] = (64, 64),
+        elements: Sequence[int] = tuple(range(1, 119)),
+        self_connection: SelfConnection = "linear",
+        envelope: Literal["polynomial", "xplor"] = "polynomial",
+        envelope_p: int = 6,
+        envelope_onset: float | None = None,
+        trainable_basis: bool = True,
+        normalize_harmonics: bool = True,
+        normalize_radial: bool = True,
+        backend: str = "reference",
+    ) -> None:
+        super().__init__()
+        self.graphs = {MAIN_GRAPH: GraphSpec(cutoff)}
+        self.symmetry = symmetry
+        hidden = Irreps(irreps)
+        if symmetry == "SE3" and any(ir.p == -1 for _, ir in hidden):
+            raise InputError(f"symmetry 'SE3' ignores parity: write all irreps as even, received '{irreps}'")
+        scalars = Irreps([(mul, ir) for mul, ir in hidden if ir.l == 0 and ir.p == 1])
+        if not scalars:
+            raise InputError(f"irreps needs even scalars (0e), received '{irreps}'")
+        self.channels = scalars.dim
+        self.lmax, self.normalize_harmonics = lmax, normalize_harmonics
+        parity = -1 if symmetry == "E3" else 1
+        irreps_sh = str(Irreps([(1, (l, parity**l)) for l in range(lmax + 1)]))
+        self.elements = frozenset(elements)
+        self.register_buffer("element_row", _element_rows(elements))
+        self.embedding = nn.Parameter(torch.randn(len(elements), self.channels))
+        cut: PolynomialCutoff | XPLORCutoff
+        if envelope == "polynomial":
+            cut = PolynomialCutoff(cutoff, envelope_p)
+        else:
+            cut = XPLORCutoff(cutoff, 0.9 * cutoff if envelope_onset is None else envelope_onset)
+        self.continuity = cut.continuity
+        self.basis = BesselBasis(cutoff, num_basis, cut, trainable=trainable_basis)
+        layers: list[nn.Module] = []
+        current = str(scalars)
+        for n in range(num_layers):
+            out = str(scalars) if n == num_layers - 1 else _reachable(current, irreps_sh, hidden)
+            connection: SelfConnection = "none" if self_connection == "nequip" and n == 0 else self_connection
+            layers.append(
+                Interaction(
+                    current, out, irreps_sh, [num_basis, *radial_hidden], len(elements), connection, normalize_radial, backend
+                )
+            )
+            current = str(layers[-1].gate.irreps_out)
+        self.layers = nn.ModuleList(layers)
+
+    def fit_scales(self, statistics: Statistics) -> None:
+        """Messages are divided by the root of the mean neighbour count, so that their sum has unit variance."""
+        for layer in self.layers:
+            layer.denominator.fill_(max(statistics.avg_neighbors.get(MAIN_GRAPH, 1.0), 1.0) ** 0.5)
+
+    def forward(self, batch: AtomicData) -> NodeFeatures:
+        """Features of every atom; the batch carries the graph "main"."""
+        vectors = edge_vectors(batch).detach().requires_grad_(torch.is_grad_enabled())
+        source, target = batch.edge_index
+        scalars = self.features(batch.numbers, vectors, source, target)
+        return NodeFeatures(scalars=scalars, vectors={MAIN_GRAPH: vectors})
+
+    def features(
+        self,
+        numbers: Int[Tensor, " atoms"],
+        vectors: Float[Tensor, "edges 3"],
+        source: Int[Tensor, " edges"],
+        target: Int[Tensor, " edges"],
+    ) -> Float[Tensor, "atoms channels"]:
+        """The network on bare tensors: vectors in Å, float64, cast to the weights' type here."""
+        element = self.element_row[numbers]
+        x = self.embedding[element]
+        v = vectors.to(x.dtype)
+        radial = self.basis(torch.linalg.vector_norm(v, dim=1))
+        harmonics = spherical_harmonics(v, self.lmax, normalize=self.normalize_harmonics)
+        for layer in self.layers:
+            x = layer(x, element, harmonics, radial, source, target)
+        return x
+
+
+def _element_rows(elements: Sequence[int]) -> Int[Tensor, "119"]:
+    rows = torch.full((119,), -1, dtype=torch.int64)
+    rows[torch.tensor(list(elements))] = torch.arange(len(elements))
+    return rows
+
+
+def _reachable(irreps_in: str, irreps_sh: str, wanted: Irreps) -> str:
+    """The blocks of `wanted` that a product of features and harmonics can fill."""
+    found = {ir for _, a in Irreps(irreps_in) for _, b in Irreps(irreps_sh) for ir in a * b}
+    return str(Irreps([(mul, ir) for mul, ir in wanted if ir in found]))

@@ -1,0 +1,173 @@
+"""What backbones and heads are; they know only `AtomicData`, the field table and `GraphSpec`."""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matfound.errors import InputError, nearest
+from matfound.graphs.spec import GraphSpec
+from matfound.structures.atomic_data import AtomicData
+
+Symmetry = Literal["E3", "SE3", "none"]
+
+
+class Configurable(nn.Module):
+    """A module that remembers the arguments it was built from, so that a checkpoint can build it again.
+
+    `config` is JSON: {"class_path": ..., "init_args": {...}}, nested for arguments that are `Configurable` themselves.
+    """
+
+    config: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+            outermost = "config" not in self.__dict__
+            if outermost:
+                bound = inspect.signature(init).bind(self, *args, **kwargs)
+                arguments = {k: _to_json(v) for k, v in list(bound.arguments.items())[1:]}
+                path = f"{type(self).__module__}.{type(self).__qualname__}"
+                self.__dict__["config"] = {"class_path": path, "init_args": arguments}
+            init(self, *args, **kwargs)
+
+        cls.__init__ = remember  # type: ignore[method-assign]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Configurable):
+        return value.config
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): _to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    return value
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """The module of a `Configurable.config`.
+
+    A class outside matfound is used only when its package has been imported already: a checkpoint must not choose what code runs.
+
+    Raises:
+        InputError: unknown or untrusted class, or arguments that it does not take.
+    """
+    path = str(config["class_path"])
+    module, _, name = path.rpartition(".")
+    package = module.partition(".")[0]
+    if package != "matfound" and module not in sys.modules:
+        raise InputError(f"the checkpoint needs '{path}', which is not part of matfound", remedy=f"import {module} first, if you trust it")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise InputError(f"there is no class '{path}' in this version of matfound", remedy="upgrade matfound") from None
+    if not (isinstance(cls, type) and issubclass(cls, Configurable)):
+        raise InputError(f"'{path}' is not a matfound model class")
+    arguments = {k: _from_json(v) for k, v in config["init_args"].items()}
+    known = inspect.signature(cls).parameters
+    unknown = next((k for k in arguments if k not in known), None)
+    if unknown is not None:
+        raise InputError(f"{path} takes no argument '{unknown}'", remedy=nearest(unknown, known))
+    return cls(**arguments)
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"class_path", "init_args"}:
+            return build(value)
+        return {k: _from_json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    return value
+
+
+@dataclass
+class NodeFeatures:
+    """What a backbone hands to the heads.
+
+    Args:
+        scalars: (atoms, channels) invariant features.
+        vectors: edge vectors of each graph in Å, float64, leaves of the autograd graph: energies are differentiated by these.
+        equivariant: (atoms, irreps.dim) features, with their `irreps`.
+    """
+
+    scalars: Float[Tensor, "atoms channels"]
+    vectors: dict[str, Float[Tensor, "edges 3"]] = field(default_factory=dict)
+    equivariant: Float[Tensor, "atoms dim"] | None = None
+    irreps: str = ""
+
+
+class Backbone(Configurable):
+    """Structure in, features out.
+
+    Subclasses set: `graphs`, which the datamodule and the calculator build for it; `symmetry`; `continuity`, the number of continuous
+    derivatives of the energy when an atom crosses the cutoff; `channels`, the width of `NodeFeatures.scalars`; `elements`, the atomic
+    numbers that it can take.
+    """
+
+    graphs: dict[str, GraphSpec]
+    symmetry: Symmetry = "none"
+    continuity: int = 0
+    channels: int
+    elements: frozenset[int] = frozenset(range(1, 119))
+
+    def forward(self, batch: AtomicData) -> NodeFeatures:
+        raise NotImplementedError
+
+    def fit_scales(self, statistics: "Statistics") -> None:
+        """Set what depends on the training data (mean neighbour counts, …) before training starts. Default: nothing."""
+
+
+class Head(Configurable):
+    """Features in, predictions out, in the units of the field table.
+
+    `outputs` names the fields that a head predicts.
+    """
+
+    outputs: tuple[str, ...] = ()
+    conservative: bool = False
+
+    def bind(self, channels: int, datasets: int) -> None:
+        """Make the parameters for a backbone's width and a vocabulary of datasets; `Potential` calls this once."""
+
+    def elements(self, dataset: int) -> set[int] | None:
+        """Atomic numbers that the head can judge in a dataset; None where it does not care. Default: None."""
+        return None
+
+    def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def fit_scales(self, statistics: "Statistics") -> None:
+        """Set scale, shift and references from the training data before training starts. Default: nothing."""
+
+
+@dataclass
+class Statistics:
+    """What training needs to know of its data beforehand; `tasks.statistics.collect` fills it.
+
+    Args:
+        datasets: names, in the order of the vocabulary.
+        references: (datasets, 119) energy of each element from least squares, eV; NaN for elements that a dataset does not have.
+        rms: (datasets,) root mean square of each label's components (energy: per atom, after the references); NaN without a label.
+        mean: (datasets,) mean of each scalar label; NaN without a label.
+        avg_neighbors: mean number of edges per atom, of each graph.
+    """
+
+    datasets: list[str]
+    references: Float[Tensor, "datasets 119"]
+    rms: dict[str, Float[Tensor, " datasets"]] = field(default_factory=dict)
+    mean: dict[str, Float[Tensor, " datasets"]] = field(default_factory=dict)
+    avg_neighbors: dict[str, float] = field(default_factory=dict)

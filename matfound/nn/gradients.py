@@ -1,0 +1,53 @@
+"""Forces and stress as gradients with respect to edge vectors.
+
+With v = r_source + shift·cell - r_target and g = dE/dv, an atom's force is the sum of g over the edges that it receives minus the
+sum over the edges that it sends, and the virial is Σ v ⊗ g: no strain enters the graph, and per-atom virials come for free.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from matfound.fields import graph_key
+from matfound.structures.atomic_data import AtomicData
+
+
+def sum_over(values: Float[Tensor, "rows *d"], index: Int[Tensor, " rows"], size: int) -> Float[Tensor, "size *d"]:
+    """Sum of the rows that share an index."""
+    return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
+
+
+def forces_and_stress(
+    energy: Float[Tensor, " systems"],
+    vectors: Mapping[str, Float[Tensor, "_ 3"]],
+    batch: AtomicData,
+    *,
+    create_graph: bool,
+) -> tuple[Float[Tensor, "atoms 3"], Float[Tensor, "systems 3 3"]]:
+    """Forces in eV/Å and stress in eV/Å³, positive in tension; NaN stress for systems without a lattice.
+
+    Args:
+        energy: in eV, computed from `vectors`.
+        vectors: edge vectors of each graph, Å, requiring gradients.
+        batch: has the graphs.
+        create_graph: keep the graph, for losses on forces and stress.
+    """
+    names = list(vectors)
+    gradients = torch.autograd.grad(
+        energy.sum(), [vectors[name] for name in names], create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    systems = batch.num_systems
+    forces = torch.zeros(batch.num_nodes, 3, dtype=torch.float64, device=energy.device)
+    virial = torch.zeros(systems, 3, 3, dtype=torch.float64, device=energy.device)
+    for name, g in zip(names, gradients, strict=True):
+        source, target = batch[graph_key("edge_index", name)]
+        forces = forces + sum_over(g, target, batch.num_nodes) - sum_over(g, source, batch.num_nodes)
+        virial = virial + sum_over(vectors[name].unsqueeze(2) * g.unsqueeze(1), batch.batch[target], systems)
+    volume = torch.linalg.det(batch.cell).abs()
+    lattice = batch.pbc.any(dim=1) & (volume > 0)
+    # Divide by 1 where there is no lattice: NaN must not enter the backward pass of the other systems.
+    stress = virial / torch.where(lattice, volume, torch.ones_like(volume))[:, None, None]
+    stress = (stress + stress.transpose(1, 2)) / 2
+    return forces, torch.where(lattice[:, None, None], stress, torch.full_like(stress, torch.nan))

@@ -1,0 +1,49 @@
+"""Equivariant linear maps."""
+
+import torch
+from e3nn.o3 import Irrep, Irreps
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matfound.nn.so3.layout import irreps_blocks
+
+
+class IrrepsLinear(nn.Module):
+    """Mixes the channels of every irrep: y = x W / √fan, fan = number of input channels of that irrep.
+
+    Blocks of one irrep count as one. Output blocks without an input are zero. No bias. Weights start normal with unit variance.
+
+    Args:
+        irreps_in: e3nn notation; blocks may repeat.
+        irreps_out: likewise.
+        num_elements: a matrix of its own for every element, y = x W[z] / √fan. This is NequIP's self-connection: the product of the
+            features with a one-hot element vector ("uvw" with e3nn) is exactly the choice of a matrix.
+    """
+
+    def __init__(self, irreps_in: str, irreps_out: str, num_elements: int | None = None) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = Irreps(irreps_in), Irreps(irreps_out)
+        lead = () if num_elements is None else (num_elements,)
+        weights = {}
+        for ir in dict.fromkeys(ir for _, ir in self.irreps_out):
+            mul_in, mul_out = self.irreps_in.count(ir), self.irreps_out.count(ir)
+            if mul_in:
+                weights[str(ir)] = nn.Parameter(torch.randn(*lead, mul_in, mul_out))
+        self.weights = nn.ParameterDict(weights)
+
+    def forward(
+        self, x: Float[Tensor, "atoms dim_in"], element: Int[Tensor, " atoms"] | None = None
+    ) -> Float[Tensor, "atoms dim_out"]:
+        """Features in matfound's layout; `element` is the row of each atom's matrix, with `num_elements`."""
+        inputs: dict[Irrep, list[Tensor]] = {}
+        for ir, block in irreps_blocks(x, self.irreps_in):
+            inputs.setdefault(ir, []).append(block)
+        mixed: dict[Irrep, Tensor] = {}
+        for key, weight in self.weights.items():
+            blocks = inputs[Irrep(key)]
+            joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+            matrix = weight / weight.shape[-2] ** 0.5
+            mixed[Irrep(key)] = joined @ (matrix if element is None else matrix[element])
+        pieces = {ir: iter(y.split([mul for mul, other in self.irreps_out if other == ir], dim=2)) for ir, y in mixed.items()}
+        parts = [next(pieces[ir]).flatten(1) if ir in pieces else x.new_zeros(x.shape[0], mul * ir.dim) for mul, ir in self.irreps_out]
+        return torch.cat([x.new_empty(x.shape[0], 0), *parts], dim=1)

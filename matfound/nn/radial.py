@@ -1,0 +1,58 @@
+"""Radial bases and the network that makes tensor-product weights of them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+#: Factors that give an activation of a normal variable a second moment of 1 (e3nn's `normalize2mom`).
+SILU_FACTOR = 1.6791767923989418
+TANH_FACTOR = 1.5937334472592695
+
+
+class BesselBasis(nn.Module):
+    """b_n(r) = (2/cutoff) sin(k_n r)/r · envelope(r), n = 1 … num; k_n starts at nπ/cutoff (arXiv:2003.03123, eq. 7).
+
+    Args:
+        cutoff: in Å.
+        num: number of functions.
+        envelope: takes the basis to zero at the cutoff.
+        trainable: whether k_n are trained.
+    """
+
+    def __init__(self, cutoff: float, num: int, envelope: nn.Module, *, trainable: bool = True) -> None:
+        super().__init__()
+        self.prefactor = 2 / cutoff
+        self.envelope = envelope
+        self.frequencies = nn.Parameter(torch.arange(1, num + 1) * (math.pi / cutoff), requires_grad=trainable)
+
+    def forward(self, r: Float[Tensor, " edges"]) -> Float[Tensor, "edges num"]:
+        """Basis at distances r > 0 in Å."""
+        scale = self.prefactor * self.envelope(r) / r
+        return torch.sin(r.unsqueeze(1) * self.frequencies) * scale.unsqueeze(1)
+
+
+class RadialMLP(nn.Module):
+    """a ← act(a W / √in) for the hidden layers, a W / √in for the last; no biases, so that 0 stays 0 at the cutoff.
+
+    Args:
+        sizes: widths from input to output.
+        normalize: multiply silu by the factor that keeps the second moment (SevenNet, MACE); plain silu otherwise.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, normalize: bool = True) -> None:
+        super().__init__()
+        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        self.weights = nn.ParameterList([torch.randn(n_in, n_out) for n_in, n_out in pairs])
+        self.factor = SILU_FACTOR if normalize else 1.0
+
+    def forward(self, a: Float[Tensor, "edges num"]) -> Float[Tensor, "edges out"]:
+        """Weights of each edge."""
+        last = len(self.weights) - 1
+        for n, weight in enumerate(self.weights):
+            a = a @ (weight / weight.shape[0] ** 0.5)
+            if n < last:
+                a = self.factor * nn.functional.silu(a)
+        return a

@@ -1,0 +1,88 @@
+"""Break the package on purpose, one line at a time, and show that its tests notice. `make mutants` runs this file alone."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One seeded mistake: `text`, which stands exactly once in `file`, becomes `mutation`, and each of `tests` must fail."""
+
+    name: str
+    file: str
+    text: str
+    mutation: str
+    tests: tuple[str, ...]
+
+
+MUTANTS: tuple[Mutant, ...] = ()
+
+
+def plant(root: Path, mutant: Mutant) -> None:
+    """Write the mistake into a copy of the repository."""
+    path = root / mutant.file
+    source = path.read_text(encoding="utf-8")
+    count = source.count(mutant.text)
+    assert count == 1, f"{mutant.name}: the text stands {count} times in {mutant.file}, expected once: {mutant.text!r}"
+    path.write_text(source.replace(mutant.text, mutant.mutation), encoding="utf-8")
+
+
+def copy(root: Path) -> Path:
+    """What the named tests need, as a repository of its own."""
+    for name in ("matfound", "tests", "datasets", "models", "recipes"):
+        shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "pyproject.toml", root)
+    return root
+
+
+def run(root: Path, tests: Sequence[str]) -> dict[str, bool]:
+    """Run tests in the copy; whether each of them passed. A test that could not run at all is an error of this file."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST"))}
+    environment |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("MATFOUND_DATA", str(REPO.parent / "shared"))
+    report = root / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    process = subprocess.run(command, check=False, cwd=root, env=environment, capture_output=True, text=True)
+    assert process.returncode in (0, 1), process.stdout + process.stderr
+    cases = list(ET.parse(report).iter("testcase"))
+    passed = {}
+    for test in tests:
+        file, _, name = test.partition("::")
+        module = file.removesuffix(".py").replace("/", ".")
+        own = [case for case in cases if case.get("classname") == module and (case.get("name") or "").partition("[")[0] == name]
+        unusable = [case for case in own if case.find("error") is not None or case.find("skipped") is not None]
+        assert own, f"{test} did not run:\n{process.stdout}"
+        assert not unusable, f"{test} was skipped or could not be set up:\n{process.stdout}"
+        passed[test] = all(case.find("failure") is None for case in own)
+    return passed
+
+
+@pytest.mark.slow
+def test_sound_copy_passes(tmp_path: Path) -> None:
+    tests = sorted({test for mutant in MUTANTS for test in mutant.tests})
+    assert run(copy(tmp_path), tests) == dict.fromkeys(tests, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_caught(mutant: Mutant, tmp_path: Path) -> None:
+    plant(copy(tmp_path), mutant)
+    assert run(tmp_path, mutant.tests) == dict.fromkeys(mutant.tests, False)
+
+
+def test_text_must_stand_once(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\nx = 1\n")
+    with pytest.raises(AssertionError, match="stands 2 times"):
+        plant(tmp_path, Mutant("twice", "a.py", "x = 1", "x = 2", ()))
+    with pytest.raises(AssertionError, match="stands 0 times"):
+        plant(tmp_path, Mutant("never", "a.py", "y = 1", "y = 2", ()))
