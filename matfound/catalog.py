@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -43,7 +43,7 @@ class DataFile(_Card):
     fields: dict[str, LabelCard]
 
     @model_validator(mode="after")
-    def _has_checksum(self) -> Self:
+    def _has_checksum(self) -> "DataFile":
         if not self.sha256 and not self.md5:
             raise ValueError("a file needs sha256 or md5")
         return self
@@ -83,7 +83,7 @@ class DatasetCard(_Card):
     known_weaknesses: list[str] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "DatasetCard":
         paths = {file.path: file for file in self.files}
         if len(paths) != len(self.files):
             raise ValueError("two files have the same path")

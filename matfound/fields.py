@@ -22,7 +22,7 @@ class Field:
     Args:
         name: attribute name on `AtomicData`.
         level: what one row belongs to.
-        dtype: storage type; "str" fields are lists of str, one per system.
+        dtype: storage type; a "str" field is a str on a structure, and a list of str, one per system, on a batch.
         shape: trailing shape of one row, e.g. (3,) for forces.
         unit: internal unit, as `matfound.units` spells it; "" for none.
         irreps: how one row transforms under rotations (e3nn notation); "" means that it does not transform.

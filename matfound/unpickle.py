@@ -42,7 +42,8 @@ _PLAIN = {
         for name in "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
     ),
 } | _SHARED
-_PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+#: Names of Python 2, which the first three pickle protocols use.
+_PYTHON2 = {"__builtin__": "builtins", "xrange": "range"}
 #: What reading damaged or hostile bytes raises, in torch, zipfile and pickle.
 _DAMAGE = (
     pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, ImportError, MemoryError,
@@ -57,7 +58,7 @@ class _RefusedError(Exception):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        name = f"{_PYTHON2.get(module_name, module_name)}.{global_name}"
+        name = f"{_PYTHON2.get(module_name, module_name)}.{_PYTHON2.get(global_name, global_name)}"
         if name == "torch.storage._load_from_bytes":
             return _storage_from_bytes  # torch's own would run an unrestricted torch.load
         if name not in _PLAIN:

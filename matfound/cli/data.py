@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from matfound.data.info_text import render
 
     terminal = console()
-    for description in descriptions:
-        terminal.print(render(description))
-        terminal.print()
+    with terminal.capture() as captured:
+        for description in descriptions:
+            terminal.print(render(description), "", sep="\n")
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
     return 0
 
 

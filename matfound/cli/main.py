@@ -67,10 +67,10 @@ def build_parser(verb: str | None = None) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"matfound {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=Parser)
-    for name, (module, line) in VERBS.items():
-        if name == verb and name not in LIGHTNING:
-            importlib.import_module(module).add_parser(verbs)
-        else:
+    if verb in VERBS and verb not in LIGHTNING:
+        importlib.import_module(VERBS[verb][0]).add_parser(verbs)
+    for name, (_, line) in VERBS.items():
+        if name not in verbs.choices:
             verbs.add_parser(name, help=line, add_help=False)
     return parser
 

@@ -299,7 +299,7 @@ def _errors(args: argparse.Namespace) -> int:
 
 def _structures(paths: list[str], index: str | None) -> "Iterator[tuple[str, int, ase.Atoms]]":
     """File, frame and structure with everything that its file says, labels unchecked."""
-    from matfound.data.files import read_atoms
+    from matfound.data.atoms import read_atoms
 
     return read_atoms(paths, index)
 

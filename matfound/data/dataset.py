@@ -145,6 +145,9 @@ class SourceDataset(Dataset):
         InputError: no frames at all; a label that only some frames of one file have; a mapped key that no file has.
     """
 
+    #: What a user should know of the labels.
+    note = ""
+
     def __init__(self, sources: Sequence[Source], name: str, keys: KeyMap | None, allow_missing: bool) -> None:
         self.name, self.allow_missing, self.key_map = name, allow_missing, keys
         self.sources = list(sources)

@@ -12,14 +12,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import ase
 from ase.io.extxyz import read_xyz
 
 from matfound.errors import InputError
 
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+_OPENERS: dict[str, Callable[..., io.TextIOWrapper]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 #: A compressed stream that ends early or is damaged.
 _BROKEN_STREAM = (EOFError, lzma.LZMAError, zlib.error, OSError)
 #: What ASE's frame parser raises.
@@ -38,7 +38,7 @@ def is_extxyz(path: str | os.PathLike[str]) -> bool:
     return (root if suffix in _OPENERS else os.fspath(path)).lower().endswith((".extxyz", ".xyz"))
 
 
-def open_text(path: str | os.PathLike[str]) -> IO[str]:
+def open_text(path: str | os.PathLike[str]) -> io.TextIOWrapper:
     """A text file, decompressed as a stream by what its name ends with."""
     opener = _OPENERS.get(os.path.splitext(os.fspath(path))[1], open)
     return opener(os.fspath(path), "rt", encoding="utf-8")
@@ -87,12 +87,12 @@ def _split(path: str | os.PathLike[str]) -> Iterator[_Text]:
         raise InputError("the file is empty: no frames", remedy="give a file with at least one structure", file=path)
 
 
-def _next_line(stream: IO[str]) -> str:
+def _next_line(stream: io.TextIOWrapper) -> str:
     """The next line that is not blank; "" at the end."""
     return next((line for line in stream if line.strip()), "")
 
 
-def _frame_lines(stream: IO[str], header: str, path: str | os.PathLike[str], index: int) -> list[str]:
+def _frame_lines(stream: io.TextIOWrapper, header: str, path: str | os.PathLike[str], index: int) -> list[str]:
     if re.fullmatch(r"\s*\d+\s*", header) is None:
         before = f", or the atom count of frame {index - 1}" if index else ""
         raise InputError(

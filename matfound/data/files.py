@@ -167,7 +167,7 @@ class FileDataset(SourceDataset):
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
         name: str = "",
         keys: Mapping[str, Any] | None = None,
         allow_missing: bool = False,
@@ -250,6 +250,6 @@ def _ase_frames(file: str, kind: str, index: slice) -> list[tuple[int, ase.Atoms
             f"cannot be read as {kind}: {reason(error)}",
             remedy="repair the file, or give another format",
             file=file,
-            frame=len(frames),
+            frame=len(frames) or None,
         ) from error
     return frames[index]

@@ -5,10 +5,10 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase.data import chemical_symbols
 
 from matfound.data.dataset import Frame, SourceDataset
@@ -22,10 +22,15 @@ from matfound.structures.atomic_data import AtomicData
 LARGE_FORCE = 100.0
 #: Atoms nearer than this overlap: H2, the shortest bond, has 0.74 Å.
 OVERLAP = 0.5
-#: An energy is an outlier when its residual from fitted element references is so many median absolute deviations off, and ...
+#: An energy is an outlier when it is so many median absolute deviations off what its kind has, and ...
 OUTLIER_MADS = 30.0
-#: ... at least this far (eV/atom).
-OUTLIER_ENERGY = 0.5
+#: ... at least this many eV/atom off the median of its own formula, or off fitted element references. Bonds are worth a few eV/atom;
+#: hartrees taken for electronvolts, or totals for energies per atom, are far beyond both.
+OUTLIER_FORMULA, OUTLIER_ELEMENTS = 2.0, 20.0
+#: Formulas with fewer frames than this have no median to compare with.
+_FEW = 8
+#: Up to so many atoms, comparing all pairs is faster than a neighbour search.
+_ALL_PAIRS = 300
 
 _SHAPES = {"energy": (), "gap": (), "forces": ("atoms", 3), "charges": ("atoms",), "magmoms": ("atoms",), "dipole": (3,)}
 _HINTS: tuple[tuple[str, str], ...] = (
@@ -70,6 +75,7 @@ class Description:
     """What `describe` found. Places are "file: frame N"."""
 
     name: str
+    note: str
     files: dict[str, int]
     frames: int
     atoms: int
@@ -128,7 +134,7 @@ class _Survey:
 
     def place(self, i: int) -> str:
         file, frame = self.dataset.place(i)
-        return f"{file}: frame {frame}"
+        return f"{shown(file)}: frame {frame}"
 
     def _add(self, i: int, frame: Frame) -> None:
         data = frame.data
@@ -141,7 +147,7 @@ class _Survey:
         pbc = data.pbc[0].tolist()
         self.pbc["".join("T" if periodic else "F" for periodic in pbc)] += 1
         if all(pbc) and data.num_nodes:
-            self.volumes.append(abs(float(torch.linalg.det(data.cell[0]))) / data.num_nodes)
+            self.volumes.append(abs(float(np.linalg.det(data.cell[0].numpy()))) / data.num_nodes)
         self.config_types[data.config_type if "config_type" in data else ""] += 1
         self._add_fields(i, data)
         self._add_duplicates(i, data)
@@ -164,9 +170,8 @@ class _Survey:
             if name == "energy" and data.num_nodes:
                 self.energies[i] = float(values[0])
                 self.per_atom.add(i, values / data.num_nodes)
-        if "pos" in data and 1 < data.num_nodes <= 2000:
-            if _overlapping(data):
-                self.overlaps.append(i)
+        if "pos" in data and data.num_nodes and _overlapping(data):
+            self.overlaps.append(i)
 
     def _add_duplicates(self, i: int, data: AtomicData) -> None:
         if "pos" not in data:
@@ -180,10 +185,22 @@ class _Survey:
 
 
 def _overlapping(data: AtomicData) -> bool:
-    try:
-        return radius_graph(data.pos, data.cell[0], data.pbc[0], GraphSpec(cutoff=OVERLAP)).edge_index.shape[1] > 0
-    except InputError:  # two atoms in one place
-        return True
+    """Whether two atoms, or an atom and an image of itself, are nearer than `OVERLAP`."""
+    pos, cell, pbc = data.pos.numpy(), data.cell[0].numpy(), data.pbc[0].numpy()
+    vectors = cell[pbc]
+    inverse = np.linalg.inv(vectors) if len(vectors) == 3 else np.linalg.pinv(vectors)
+    spacing = 1 / np.sqrt((inverse**2).sum(0))  # of the lattice planes
+    if data.num_nodes > _ALL_PAIRS or (spacing < 2 * OVERLAP).any():
+        try:
+            return radius_graph(data.pos, data.cell[0], data.pbc[0], GraphSpec(cutoff=OVERLAP)).edge_index.shape[1] > 0
+        except InputError:  # two atoms in one place
+            return True
+    source, target = np.triu_indices(data.num_nodes, 1)
+    between = pos[source] - pos[target]
+    if len(vectors):
+        # With lattice planes this far apart, the nearest image of a near pair is the one that rounding finds.
+        between -= np.rint(between @ inverse) @ vectors
+    return bool(((between**2).sum(1) < OVERLAP**2).any())
 
 
 def structure_hash(data: AtomicData) -> bytes:
@@ -203,39 +220,56 @@ def structure_hash(data: AtomicData) -> bytes:
 
 
 def energy_outliers(energies: Mapping[int, float], compositions: list[dict[int, int]]) -> dict[int, float]:
-    """Frames whose energy per atom is far from fitted element references, and how far (eV/atom).
+    """Frames whose energy is far from what frames of the same formula, or fitted element references, say; and how far (eV/atom).
 
-    References are fitted by iteratively reweighted least squares (absolute deviations), so that the outliers do not draw the fit.
+    References are fitted by iteratively reweighted least squares (absolute deviations), so that outliers do not draw the fit.
     """
     frames = [i for i in energies if compositions[i]]
-    elements = sorted({z for i in frames for z in compositions[i]})
-    if len(frames) < max(20, 2 * len(elements)):
+    if not frames:
         return {}
+    elements = sorted({z for i in frames for z in compositions[i]})
     fractions = np.array([[compositions[i].get(z, 0) for z in elements] for i in frames], dtype=float)
     natoms = fractions.sum(1)
     fractions /= natoms[:, None]
     target = np.array([energies[i] for i in frames]) / natoms
-    weight = np.ones(len(frames))
-    for _ in range(10):
-        solution = np.linalg.lstsq(fractions * weight[:, None], target * weight, rcond=None)[0]
-        residual = target - fractions @ solution
-        weight = 1 / np.sqrt(np.maximum(np.abs(residual), 1e-3))
-    off = np.abs(residual - np.median(residual))
-    limit = max(OUTLIER_ENERGY, OUTLIER_MADS * float(np.median(off)))
-    return {frames[k]: float(residual[k]) for k in np.argsort(-off) if off[k] > limit}
+    found: dict[int, float] = {}
+    if len(frames) >= max(20, 2 * len(elements)):
+        weight = np.ones(len(frames))
+        for _ in range(10):
+            solution = np.linalg.lstsq(fractions * weight[:, None], target * weight, rcond=None)[0]
+            residual = target - fractions @ solution
+            weight = 1 / np.sqrt(np.maximum(np.abs(residual), 1e-3))
+        found |= _far(frames, residual, OUTLIER_ELEMENTS)
+    _, kinds = np.unique(fractions, axis=0, return_inverse=True)
+    for kind in np.flatnonzero(np.bincount(kinds.ravel()) >= _FEW):
+        rows = np.flatnonzero(kinds.ravel() == kind)
+        found |= _far([frames[row] for row in rows], target[rows], OUTLIER_FORMULA)
+    return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
+
+
+def _far(frames: list[int], values: np.ndarray, least: float) -> dict[int, float]:
+    off = values - np.median(values)
+    limit = max(least, OUTLIER_MADS * float(np.median(np.abs(off))))
+    return {frames[k]: float(off[k]) for k in np.flatnonzero(np.abs(off) > limit)}
+
+
+def shown(file: str) -> str:
+    """A path below the working directory without it."""
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
 def describe(dataset: SourceDataset) -> Description:
     """Read every frame once and sum up. Raises InputError where a frame cannot be read."""
     survey = _Survey(dataset)
-    counts: collections.Counter[str] = collections.Counter(dataset.place(i)[0] for i in range(len(dataset)))
+    counts: collections.Counter[str] = collections.Counter(shown(dataset.place(i)[0]) for i in range(len(dataset)))
     first = survey.duplicates[0] if survey.duplicates else None
     elements = {
-        chemical_symbols[z]: {"atoms": survey.element_atoms[z], "frames": survey.element_frames[z]}
-        for z in sorted(survey.element_atoms)
+        chemical_symbols[z]: {"atoms": survey.element_atoms[z], "frames": survey.element_frames[z]} for z in sorted(survey.element_atoms)
     }
     return Description(
         name=dataset.name,
+        note=dataset.note,
         files=dict(counts),
         frames=len(dataset),
         atoms=sum(survey.natoms),
@@ -257,7 +291,7 @@ def _spread(values: list[float]) -> tuple[float, float, float] | None:
 
 
 def _ranges(survey: _Survey) -> list[Range]:
-    order = [name for name in FIELDS if name in survey.columns]
+    order = [name for name in FIELDS if name in survey.columns and not (name == "dipole_magnitude" and "dipole" in survey.columns)]
     ranges = []
     for name in order:
         ranges.append(_range(survey, name, survey.columns[name]))
@@ -332,7 +366,7 @@ def _content(values: list[Any]) -> str:
 
 def _hint(survey: _Survey, name: str, shape: tuple[Any, ...], value: Any) -> str:
     """How to read a key that looks like a label that the dataset does not have."""
-    if isinstance(value, str | bool | np.bool_):
+    if isinstance(value, str | bool | np.bool_) or re.search(r"^initial_|per_?atom", name.lower()):
         return ""
     for pattern, target in _HINTS:
         if re.search(pattern, name.lower()):
@@ -357,19 +391,15 @@ def _warnings(survey: _Survey) -> list[str]:
         large = [entry for entry in peaks if entry[0] > LARGE_FORCE]
         if large:
             top, i = max(large)
-            found.append(
-                f"{_frames(len(large))} with forces above {LARGE_FORCE:g} eV/Å; the largest, {top:.4g} eV/Å: {survey.place(i)}"
-            )
+            found.append(f"{_frames(len(large))} with forces above {LARGE_FORCE:g} eV/Å; the largest, {top:.4g} eV/Å: {survey.place(i)}")
     outliers = energy_outliers(survey.energies, survey.compositions)
     if outliers:
         i, off = next(iter(outliers.items()))
         found.append(
-            f"{_frames(len(outliers))} with an energy far from what the elements explain; the worst, {off:+.4g} eV/atom: {survey.place(i)}"
+            f"{_frames(len(outliers))} with an energy far from others of their formula or elements; the worst, {off:+.4g} eV/atom: {survey.place(i)}"
         )
     if survey.overlaps:
-        found.append(
-            f"{_frames(len(survey.overlaps))} with atoms nearer than {OVERLAP} Å; the first: {survey.place(survey.overlaps[0])}"
-        )
+        found.append(f"{_frames(len(survey.overlaps))} with atoms nearer than {OVERLAP} Å; the first: {survey.place(survey.overlaps[0])}")
     if survey.conflicts:
         a, b = survey.conflicts[0]
         found.append(
@@ -383,8 +413,9 @@ def _warnings(survey: _Survey) -> list[str]:
 def _constants(survey: _Survey) -> Iterable[str]:
     for name, column in survey.columns.items():
         field: Field = FIELDS[name]
-        values = np.concatenate(column.values) if column.values else np.zeros(0)
-        if field.label and len(column.frames) > 1 and values.size > 1 and (values == values[0]).all():
+        values = np.concatenate(column.values)
+        same = values.size > 0 and (values == values[0]).all()
+        if field.label and len(column.frames) > 1 and len(values) > len(column.frames) * (field.level == "atom") and same:
             yield f"'{name}' is {values[0]:g} everywhere in {len(column.frames)} frames: a placeholder?"
 
 

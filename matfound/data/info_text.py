@@ -4,7 +4,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Group
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -26,11 +25,14 @@ def render(description: Description) -> Group:
     parts += [Text(f"! {warning}", style="yellow") for warning in description.warnings]
     if description.duplicates and description.first_duplicate:
         first, second = description.first_duplicate
+        file, frame = second.rsplit(": ", 1)
+        if first.startswith(f"{file}: "):
+            first = first.removeprefix(f"{file}: ")
         frames = "1 duplicate" if description.duplicates == 1 else f"{description.duplicates:,} duplicates"
-        parts.append(Text(f"! {frames} of earlier structures; the first: {second} is {first}", style="yellow"))
+        parts.append(Text(f"! {frames} of earlier structures; the first: {file}: {frame}, the same as {first}", style="yellow"))
     if not description.warnings and not description.duplicates:
         parts.append(Text("✓ no duplicates, no overlapping atoms, no suspicious values", style="green"))
-    return Group(*(Padding(part, (0, 1)) for part in parts))
+    return Group(*parts)
 
 
 def _facts(description: Description) -> Table:
@@ -43,20 +45,22 @@ def _facts(description: Description) -> Table:
     grid.add_row("atoms", f"{description.atoms:,} ({sizes} a frame)")
     elements = Text()
     for symbol, count in description.elements.items():
-        elements.append(symbol, style="cyan").append(f" {count['atoms']:,}   ")
+        elements.append(symbol, style="cyan").append(f"\u00a0{count['atoms']:,}   ")
     grid.add_row("elements", elements)
     kinds = {"TTT": "in three directions", "FFF": "not at all"}
-    grid.add_row(
-        "periodic", Text(", ".join(f"{kinds.get(pbc, f'along {pbc}')}: {count:,}" for pbc, count in description.pbc.items()))
-    )
+    grid.add_row("periodic", Text(", ".join(f"{kinds.get(pbc, f'along {pbc}')}: {count:,}" for pbc, count in description.pbc.items())))
     if description.volume_per_atom:
         low_volume, mean, high_volume = description.volume_per_atom
-        grid.add_row("volume", f"{low_volume:.4g} to {high_volume:.4g} Å³ an atom, mean {mean:.4g}")
+        same = f"{low_volume:.4g}" == f"{high_volume:.4g}"
+        spread = f"{mean:.4g} Å³ an atom" if same else f"{low_volume:.4g} to {high_volume:.4g} Å³ an atom, mean {mean:.4g}"
+        grid.add_row("volume", spread)
     files = list(description.files.items())
     for i, (file, frames) in enumerate(files[:8]):
         grid.add_row("files" if i == 0 else "", Text(file if len(files) == 1 else f"{file}: {frames:,}"))
     if len(files) > 8:
         grid.add_row("", f"and {len(files) - 8:,} more")
+    if description.note:
+        grid.add_row("note", Text(description.note))
     return grid
 
 
@@ -68,9 +72,7 @@ def _table(*columns: tuple[str, bool], title: str = "") -> Table:
 
 
 def _field_table(description: Description) -> Table:
-    table = _table(
-        ("label", False), ("unit", False), ("frames", True), ("missing", True), ("min", True), ("mean", True), ("max", True)
-    )
+    table = _table(("field", False), ("unit", False), ("frames", True), ("missing", True), ("min", True), ("mean", True), ("max", True))
     for row in description.fields:
         unit = row.unit.replace("^3", "³")
         missing = Text(f"{row.missing:,}", style="yellow") if row.missing else Text("–", style="dim")

@@ -159,3 +159,4 @@ class OC20Archives(SourceDataset):
         pairs = [pair for entry in paths for pair in _pairs(catalog.resolve(entry))]
         sources = [ArchiveSource(structures, references, mapped, total_energy) for structures, references in pairs]
         super().__init__(sources, name, mapped, allow_missing)
+        self.note = "total DFT energies" if total_energy else "energies are adsorption energies: total minus the reference of the text file"

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ Split = dict[str, list[int]]
 NamedSplit = dict[str, dict[str, list[str]]]
 
 
+@runtime_checkable
 class _HasIds(Protocol):
     name: str
 

@@ -268,10 +268,9 @@ def _search(geometry: _Geometry, radius: float) -> _Pairs:
     wraps = torch.floor((pos[:, None, :] @ inverse[batch]).squeeze(1)) * pbc[batch]
     wrapped = pos - (wraps[:, None, :] @ frame[batch]).squeeze(1)
     reach = radius + MARGIN
-    if pos.is_cuda and len(cell) > 1 and (found := _search_nvalchemi(wrapped, frame, pbc, batch, reach)) is not None:
-        pairs = found
-    else:
-        one = _search_vesin if pos.is_cuda else _search_pymatgen
+    pairs = _search_nvalchemi(wrapped, frame, pbc, batch, reach) if _on_gpu(pos) and len(cell) > 1 else None
+    if pairs is None:
+        one = _search_vesin if _on_gpu(pos) else _search_pymatgen
         firsts = torch.searchsorted(batch, torch.arange(len(cell) + 1, device=batch.device)).tolist()
         found_by_system = [_empty(pos.device)]
         for system in range(len(cell)):
@@ -282,6 +281,10 @@ def _search(geometry: _Geometry, radius: float) -> _Pairs:
         pairs = _Pairs(*(torch.cat(pieces) for pieces in zip(*found_by_system, strict=True)))
     steps = wraps.to(torch.int64)
     return pairs._replace(shift=pairs.shift + steps.index_select(0, pairs.target) - steps.index_select(0, pairs.source))
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _empty(device: torch.device) -> _Pairs:
@@ -303,6 +306,8 @@ def _lattices(cell: Tensor, pbc: Tensor) -> Tensor:
     A vector that is not periodic must not matter, and it may be zero or parallel to another.
     """
     lattices = cell.cpu().clone()
+    if not torch.isfinite(lattices).all():
+        raise InputError(f"field 'cell' is not finite: {lattices.squeeze(0).tolist()}", remedy="repair or remove the frame")
     for lattice, periodic in zip(lattices, pbc.cpu(), strict=True):
         check_lattice(lattice, periodic)
         if not periodic.all():

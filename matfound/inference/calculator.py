@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.graphs.neighbors import SkinList
-from matfound.inference.predict import clean, evaluate, has_lattice, model_input, ready, split
+from matfound.inference.predict import clean, evaluate, has_lattice, model_input, nothing, ready, split
 from matfound.inference.results import as_results
 from matfound.models.base import Potential
 from matfound.structures.ase import from_atoms
@@ -94,15 +94,7 @@ class Calculator(ASECalculator):
 
     def _predict(self, data: AtomicData) -> dict[str, Tensor]:
         if not data.num_nodes:
-            return _nothing(self.potential, data)
+            return nothing(self.potential, data)
         batch = collate([data]).to(next(self.potential.parameters()).device)
         self.neighbors.update(batch)
         return clean(split(evaluate(self.potential, batch), batch)[0], data)
-
-
-def _nothing(potential: Potential, data: AtomicData) -> dict[str, Tensor]:
-    """What no atoms have: no energy, forces or stress; a gap, say, they do not have."""
-    shapes = {"energy": (1,), "energies": (0,), "forces": (0, 3), "stress": (1, 3, 3)}
-    names = {*potential.outputs, *(["energies"] if "energy" in potential.outputs else [])}
-    out = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items() if name in names}
-    return clean(out, data)

@@ -156,23 +156,27 @@ def _predict(
 
 
 def _batch(potential: Potential, held: list[tuple[AtomicData, AtomicData]], first: int) -> list[tuple[AtomicData, dict[str, Tensor]]]:
-    batch = collate([data for _, data in held]).to(next(potential.parameters()).device)
-    try:
-        add_graphs(batch, potential.graphs)
-    except InputError:
-        for i, (sample, data) in enumerate(held):  # find out whose fault it is
-            try:
-                add_graphs(data, potential.graphs)
-            except InputError as error:
-                raise _named(error, sample, first + i) from None
-        raise
-    pieces = split(evaluate(potential, batch), batch)
-    for i, ((sample, data), predictions) in enumerate(zip(held, pieces, strict=True)):
+    atoms = [data for _, data in held if data.num_nodes]
+    pieces: Iterator[dict[str, Tensor]] = iter(())
+    if atoms:
+        batch = collate(atoms).to(next(potential.parameters()).device)
         try:
-            clean(predictions, data)
+            add_graphs(batch, potential.graphs)
+        except InputError:
+            for i, (sample, data) in enumerate(held):  # find out whose fault it is
+                try:
+                    add_graphs(data, potential.graphs)
+                except InputError as error:
+                    raise _named(error, sample, first + i) from None
+            raise
+        pieces = iter(split(evaluate(potential, batch), batch))
+    out = []
+    for i, (sample, data) in enumerate(held):
+        try:
+            out.append((sample, clean(next(pieces), data) if data.num_nodes else nothing(potential, data)))
         except InputError as error:
             raise _named(error, sample, first + i) from None
-    return [(sample, predictions) for (sample, _), predictions in zip(held, pieces, strict=True)]
+    return out
 
 
 def evaluate(potential: Potential, batch: AtomicData) -> dict[str, Tensor]:
@@ -208,10 +212,18 @@ def clean(predictions: dict[str, Tensor], data: AtomicData) -> dict[str, Tensor]
     for name, value in predictions.items():
         if not torch.isfinite(value).all():
             raise InputError(
-                f"the model's {name} is not finite",
+                f"the model's output '{name}' is not finite",
                 remedy="look for overlapping atoms, or a structure far from the training data",
             )
     return predictions
+
+
+def nothing(potential: Potential, data: AtomicData) -> dict[str, Tensor]:
+    """What no atoms have: no energy, forces or stress; a gap, say, they do not have."""
+    shapes = {"energy": (1,), "energies": (0,), "forces": (0, 3), "stress": (1, 3, 3)}
+    names = {*potential.outputs, *(["energies"] if "energy" in potential.outputs else [])}
+    out = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items() if name in names}
+    return clean(out, data)
 
 
 def has_lattice(data: AtomicData) -> bool:

@@ -25,6 +25,8 @@ from matfound.structures.atomic_data import AtomicData
 if TYPE_CHECKING:
     from pymatgen.core.structure import Molecule, Structure
 
+#: One step of a trace by the name of the quantity.
+Step = dict[str, float | int]
 OptimizerName = Literal["FIRE", "LBFGS", "BFGS"]
 OPTIMIZERS: dict[str, type[Optimizer]] = {"FIRE": FIRE, "LBFGS": LBFGS, "BFGS": BFGS}
 
@@ -44,8 +46,8 @@ class Relaxation:
         atoms: the last structure, with its energy, forces and stress.
         converged: whether fmax fell below the threshold.
         steps: taken.
-        trace: for each step from 0: "step", "energy" (eV), "fmax" (eV/Å: what converges; with the cell, its generalised force
-            is among them) and, with the cell, "max_stress" (eV/Å³) and "volume" (Å³).
+        trace: for each step from 0: "step", "energy" (eV), "fmax" (eV/Å: what converges; with the cell, the forces on the
+            lattice are among them) and, with the cell, "max_stress" (eV/Å³) and "volume" (Å³).
         before: "energy" (eV), "energy_per_atom", "fmax" (eV/Å, of the atoms that are free) and, with a lattice, "volume" (Å³),
             "max_stress" (eV/Å³) and "space_group".
         after: the same, and "max_displacement" (Å).
@@ -56,7 +58,7 @@ class Relaxation:
     atoms: ase.Atoms
     converged: bool
     steps: int
-    trace: list[dict[str, float]]
+    trace: list[Step]
     before: dict[str, Any]
     after: dict[str, Any]
     fmax: float = 0.05
@@ -132,30 +134,31 @@ def relax(
     atoms.calc = calculator
     initial = atoms.copy()
     before = measure(atoms, stress=cell)
-    trace: list[dict[str, float]] = []
+    trace: list[Step] = []
     with ExitStack() as stack:
         show = stack.enter_context(_Line(fmax)) if progress else None
         file = None
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(Trajectory(str(trajectory), "w", atoms))
-        target: Any = FrechetCellFilter(atoms) if cell else atoms
-        converged = False
-        for below in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=fmax, steps=max_steps):
-            converged = bool(below)
-            trace.append(_step(target, atoms, len(trace), cell))
+        target: Any = _CellFilter(atoms) if cell else atoms
+        # ASE's own criterion takes the filter's forces alone, which are not quite those on the atoms; with 0 it never stops.
+        for _ in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=0.0, steps=max_steps):
+            trace.append(_step(target, atoms, len(trace)))
             if file is not None:
                 file.write()
             if show is not None:
                 show(trace[-1])
             _stop_if_wild(trace, before)
+            if trace[-1]["fmax"] < fmax:
+                break
     after = measure(atoms, stress=cell) | {"max_displacement": largest_displacement(initial, atoms)}
     held = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.get_indices()}
     atoms.calc = SinglePointCalculator(atoms, **{k: v for k, v in calculator.results.items() if k in all_properties})
-    return Relaxation(atoms, converged, len(trace) - 1, trace, before, after, fmax, len(held), initial)
+    return Relaxation(atoms, trace[-1]["fmax"] < fmax, len(trace) - 1, trace, before, after, fmax, len(held), initial)
 
 
-def as_atoms(structure: "ase.Atoms | AtomicData | Structure | Molecule") -> ase.Atoms:
+def as_atoms(structure: Any) -> ase.Atoms:
     """A copy of a structure as ase.Atoms, with its constraints.
 
     Raises:
@@ -208,11 +211,12 @@ def largest_displacement(before: ase.Atoms, after: ase.Atoms) -> float:
         moved = after.positions - before.positions
     else:
         moved = (after.cell.scaled_positions(after.positions) - before.cell.scaled_positions(before.positions)) @ after.cell.array
-    if not after.constraints:
-        moved = moved - moved.mean(0)
+    free = not after.constraints
+    if free:
+        moved = moved - moved[0]  # so that the mean is not taken over different images
     if after.pbc.any():
         moved = find_mic(moved, after.cell, after.pbc)[0]
-    return _largest(moved)
+    return _largest(moved - moved.mean(0) if free else moved)
 
 
 def _largest(vectors: np.ndarray) -> float:
@@ -233,14 +237,27 @@ def _require(calculator: Calculator, atoms: ase.Atoms, cell: bool) -> None:
         )
 
 
-def _step(target: Any, atoms: ase.Atoms, step: int, cell: bool) -> dict[str, float]:
-    out = {"step": step, "energy": float(atoms.get_potential_energy()), "fmax": _largest(target.get_forces())}
-    if cell:
+class _CellFilter(FrechetCellFilter):
+    """Derivatives of the matrix logarithm once a step: ASE's optimisers ask for the same forces three times."""
+
+    _known: tuple[bytes, np.ndarray] | None = None
+
+    def get_forces(self, **kwargs: Any) -> np.ndarray:
+        state = self.atoms.positions.tobytes() + self.atoms.cell.array.tobytes()
+        if self._known is None or self._known[0] != state:
+            self._known = (state, super().get_forces(**kwargs))
+        return self._known[1].copy()
+
+
+def _step(target: "ase.Atoms | _CellFilter", atoms: ase.Atoms, step: int) -> Step:
+    out: Step = {"step": step, "energy": float(atoms.get_potential_energy()), "fmax": _largest(atoms.get_forces())}
+    if target is not atoms:
+        out["fmax"] = max(out["fmax"], _largest(target.get_forces()))
         out |= {"max_stress": float(np.abs(atoms.get_stress()).max()), "volume": float(atoms.cell.volume)}
     return out
 
 
-def _stop_if_wild(trace: list[dict[str, float]], before: dict[str, Any]) -> None:
+def _stop_if_wild(trace: list[Step], before: dict[str, Any]) -> None:
     now = trace[-1]
     problem = ""
     if not now["fmax"] <= MAX_FORCE:
@@ -254,7 +271,7 @@ def _stop_if_wild(trace: list[dict[str, float]], before: dict[str, Any]) -> None
         )
 
 
-class _Line(AbstractContextManager[Callable[[dict[str, float]], None]]):
+class _Line(AbstractContextManager[Callable[[Step], None]]):
     """A line on the terminal that is rewritten at every step; nothing where there is no terminal."""
 
     def __init__(self, fmax: float) -> None:
@@ -263,11 +280,11 @@ class _Line(AbstractContextManager[Callable[[dict[str, float]], None]]):
         self.fmax = fmax
         self.status = Console(stderr=True).status("starting", spinner="dots")
 
-    def __enter__(self) -> Callable[[dict[str, float]], None]:
+    def __enter__(self) -> Callable[[Step], None]:
         self.status.start()
         return self.show
 
-    def show(self, now: dict[str, float]) -> None:
+    def show(self, now: Step) -> None:
         """Write the numbers of a step."""
         volume = f"   volume {now['volume']:.3f} Å³" if "volume" in now else ""
         self.status.update(

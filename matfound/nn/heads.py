@@ -1,7 +1,7 @@
 """Heads: invariant features to physical quantities. They own scale, shift and references, per dataset, in float64."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ class Float64Buffers(nn.Module):
         for name, value in values.items():
             self.register_buffer(name, value.double())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float64Buffers":
         for name, value in self._buffers.items():
             if value is not None:
                 moved = fn(value)

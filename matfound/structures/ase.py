@@ -1,6 +1,6 @@
 """ASE Atoms to structures and back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ase
@@ -27,8 +27,8 @@ def from_atoms(atoms: ase.Atoms, *, keys: KeyMap | None = None, labels: bool = T
     """A structure, with its labels, from ASE.
 
     A label is taken from the calculator's results, else from `atoms.info` (systems) or `atoms.arrays` (atoms), under the `ase_key` of
-    the field table, else under `REF_<ase_key>`; a field named in `keys` only from there. Results that belong to other positions or
-    another cell (ASE's `check_state`) are not used. Stress is accepted as six numbers, (3, 3) or nine, and is ignored where there is
+    the field table, else under `REF_<ase_key>`; a field named in `keys` only from there. Results that belong to other positions,
+    elements, cell or periodicity than the Atoms have now are not used. Stress is accepted as six numbers, (3, 3) or nine, and is ignored where there is
     no lattice to have one; virials become stress = -virial / volume (see `matfound.structures.keys`). A dipole also gives
     `dipole_magnitude`. `FixAtoms` gives `fixed`; `charge` and `spin` come from `atoms.info`.
 
@@ -68,32 +68,40 @@ def from_atoms(atoms: ase.Atoms, *, keys: KeyMap | None = None, labels: bool = T
 
 
 def _results(atoms: ase.Atoms) -> Mapping[str, Any]:
+    """Results of the calculator, if they are for these atoms where they are now."""
     results = getattr(atoms.calc, "results", None) or {}
-    check_state: Callable[[ase.Atoms], list[str]] | None = getattr(atoms.calc, "check_state", None)
-    return {} if results and check_state is not None and check_state(atoms) else results
+    reference = getattr(atoms.calc, "atoms", None)
+    if not results or not isinstance(reference, ase.Atoms):
+        return results
+    pairs = [
+        (reference.positions, atoms.positions), (reference.numbers, atoms.numbers),
+        (reference.cell.array, atoms.cell.array), (reference.pbc, atoms.pbc),
+    ]  # fmt: skip
+    return results if all(np.array_equal(then, now) for then, now in pairs) else {}
 
 
 def _find(field: Field, atoms: ase.Atoms, results: Mapping[str, Any], keys: KeyMap) -> tuple[LabelSource, Any] | None:
     """The stored value of a field and where it was; None where there is none."""
     given = keys.get(field.name)
     if given is not None:
-        sources = [given] if given.key else []
-    elif field.label and field.ase_key:
-        sources = [LabelSource(key) for key in (field.ase_key, f"REF_{field.ase_key}", *ALIASES.get(field.name, ()))]
+        names: tuple[str, ...] = (given.key,)
+    elif field.label:
+        names = (field.ase_key, f"REF_{field.ase_key}", *ALIASES.get(field.name, ()))
     else:
-        sources = [LabelSource(field.ase_key)] if field.ase_key else []
+        names = (field.ase_key,)
     store = atoms.arrays if field.level == "atom" else atoms.info
-    for source in sources:
+    for name in names if names[0] else ():
         for place in (results, store) if field.label else (store,):
-            if place.get(source.key) is not None:
-                return source, place[source.key]
+            value = place.get(name)
+            if value is not None:
+                return given or LabelSource(name), value
     return None
 
 
 def _convert(field: Field, source: LabelSource, stored: Any, atoms: ase.Atoms) -> Any:
     """The stored value as the field wants it: type, shape, unit, sign; None where it means nothing for this structure."""
     if field.dtype == "str":
-        return [str(stored)]
+        return str(stored)
     where = f"field '{field.name}'" + ("" if source.key == field.name else f" (from '{source.key}')")
     array = _numeric(stored, field, where)
     if field.name == "stress":
@@ -200,13 +208,14 @@ def to_atoms(data: AtomicData) -> ase.Atoms:
 def _stored(data: AtomicData) -> Iterator[tuple[Field, Any]]:
     """Fields that are here, as ASE keeps them: numbers, text, arrays."""
     for name in readable_fields():
-        if name not in data or is_missing(data[name][0] if FIELDS[name].dtype == "str" else data[name], FIELDS[name]):
+        field = FIELDS[name]
+        if name not in data or is_missing(data[name], field):
             continue
-        field, value = FIELDS[name], data[name]
+        value = data[name]
         if name == "dipole_magnitude" and "dipole" in data and torch.equal(value, torch.linalg.vector_norm(data.dipole, dim=1)):
             continue
         if field.dtype == "str":
-            yield field, value[0]
+            yield field, value
         elif field.level == "atom":
             yield field, value.detach().cpu().numpy()
         else:

@@ -7,6 +7,7 @@ joins (3, 3) cells to (6, 3). Ours derives everything from `matfound.fields.FIEL
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -87,14 +88,21 @@ class AtomicData(Data):
         return self.num_nodes if field.index == "atom" else value.shape[0]
 
     def to_list(self) -> list["AtomicData"]:
-        """The structures of a batch, one by one; fields that are missing for a structure are absent from it again."""
+        """The structures of a batch, one by one; fields that are missing for a structure are absent from it again.
+
+        One exception: a structure without atoms gets empty fields of atoms, missing or not.
+        """
         if not self.is_batch:
             return [self]
         samples = [AtomicData() for _ in range(self.num_systems)]
         for name in self.field_names():
             field = FIELDS[name.partition("@")[0]]
-            for sample, piece in zip(samples, self._split(name, field), strict=True):
-                if field.required or not is_missing(piece, field):
+            for i, (sample, piece) in enumerate(zip(samples, self._split(name, field), strict=True)):
+                if field.level == "bond":
+                    missing = "has_bonds" in self and not self.has_bonds[i]
+                else:
+                    missing = not field.required and field.level != "edge" and is_missing(piece, field)
+                if not missing:
                     sample[name] = piece
         return samples
 
@@ -144,17 +152,21 @@ def collate(samples: Sequence[AtomicData]) -> AtomicData:
     """Join structures to a batch.
 
     A field that only some samples have becomes NaN, -1 or "" for the others; index fields are shifted; `natoms`, `nbonds`, `nedges`
-    and `batch` are added. `AtomicData.to_list` is the inverse.
+    and `batch` are added, and `has_bonds` where only some samples have bonds. `AtomicData.to_list` is the inverse.
 
     Raises:
-        InputError: no samples, a required field is absent, or only some samples have a graph.
+        InputError: no samples, a sample that is a batch, a required field is absent, or only some samples have a graph.
     """
     if not samples:
         raise InputError("a batch needs at least one structure, received none")
+    nested = next((i for i, sample in enumerate(samples) if sample.is_batch), None)
+    if nested is not None:
+        raise InputError(f"sample {nested} is a batch itself", remedy="split it with to_list()")
     batch = AtomicData()
-    natoms = torch.tensor([sample.num_nodes for sample in samples], dtype=torch.int64)
+    device = samples[0].numbers.device
+    natoms = torch.tensor([sample.num_nodes for sample in samples], dtype=torch.int64, device=device)
     batch.natoms = natoms
-    batch.batch = torch.repeat_interleave(torch.arange(len(samples)), natoms)
+    batch.batch = torch.repeat_interleave(torch.arange(len(samples), device=device), natoms)
     names = {name: None for sample in samples for name in sample.field_names()}
     for name in names:
         field = FIELDS[name.partition("@")[0]]
@@ -167,7 +179,9 @@ def collate(samples: Sequence[AtomicData]) -> AtomicData:
             continue
         if field.level in ("edge", "bond"):
             rows = [0 if value is None else value.shape[field.cat_dim] for value in values]
-            batch[count_key(name, field)] = torch.tensor(rows, dtype=torch.int64)
+            batch[count_key(name, field)] = torch.tensor(rows, dtype=torch.int64, device=device)
+        if field.level == "bond" and any(value is None for value in values):
+            batch.has_bonds = torch.tensor([value is not None for value in values], device=device)
         pieces = [_filler(field, sample) if value is None else value for value, sample in zip(values, samples, strict=True)]
         batch[name] = torch.cat(pieces, dim=field.cat_dim)
         if field.index:
@@ -180,7 +194,8 @@ def _filler(field: Field, sample: AtomicData) -> Tensor:
     """The missing value in the shape that the field would have in this sample."""
     rows = {"atom": sample.num_nodes, "system": 1}.get(field.level, 0)
     lead = (2, rows) if field.cat_dim == 1 else (rows,)
-    return torch.full((*lead, *field.shape), field.missing, dtype=DTYPES[field.dtype])
+    assert not isinstance(field.missing, str)
+    return torch.full((*lead, *field.shape), field.missing, dtype=DTYPES[field.dtype], device=sample.numbers.device)
 
 
 def check(data: AtomicData) -> AtomicData:
@@ -196,6 +211,7 @@ def check(data: AtomicData) -> AtomicData:
             raise InputError(f"field '{name}' is absent")
     for name in data.field_names():
         _check_shape(name, FIELDS[name.partition("@")[0]], data)
+    _check_indices(data)
     for name in ("pos", "cell"):
         if name in data and not torch.isfinite(data[name]).all():
             bad = torch.nonzero(~torch.isfinite(data[name]).flatten(1).all(1))[0].item()
@@ -213,13 +229,33 @@ def _check_shape(name: str, field: Field, data: AtomicData) -> None:
     value = data[name]
     if field.dtype == "str":
         return
+    if not isinstance(value, Tensor):
+        raise InputError(f"field '{name}' is a {type(value).__name__}, expected a tensor")
     if value.dtype != DTYPES[field.dtype]:
         raise InputError(f"field '{name}' has dtype {value.dtype}, expected {DTYPES[field.dtype]}")
-    trailing = tuple(value.shape[1:]) if field.cat_dim == 0 else tuple(value.shape[2:])
-    rows = {"atom": data.num_nodes, "system": data.num_systems}.get(field.level)
-    if trailing != field.shape or (rows is not None and value.shape[0] != rows):
-        expected = (rows if rows is not None else field.level + "s", *field.shape)
-        raise InputError(f"field '{name}' has shape {tuple(value.shape)}, expected {expected}")
+    systems = data.num_systems if data.is_batch else 1
+    rows = {"atom": data.num_nodes, "system": systems}.get(field.level)  # None: any number of edges or bonds
+    expected = (2, rows) if field.cat_dim == 1 else (rows, *field.shape)
+    fits = len(value.shape) == len(expected) and all(want in (None, size) for want, size in zip(expected, value.shape, strict=True))
+    if not fits:
+        words = ", ".join(f"{field.level}s" if want is None else str(want) for want in expected)
+        raise InputError(f"field '{name}' has shape {tuple(value.shape)}, expected ({words})")
+
+
+def _check_indices(data: AtomicData) -> None:
+    """Edges and bonds: as many rows in one field as in another, and atoms that exist."""
+    counts: dict[str, tuple[str, int]] = {}
+    for name in data.field_names():
+        field = FIELDS[name.partition("@")[0]]
+        if field.level not in ("edge", "bond"):
+            continue
+        rows = data[name].shape[field.cat_dim]
+        first, count = counts.setdefault(count_key(name, field), (name, rows))
+        if rows != count:
+            raise InputError(f"field '{name}' has {rows} {field.level}s, '{first}' has {count}")
+        limit = data.num_nodes if field.index == "atom" else rows
+        if field.index and rows and not 0 <= int(data[name].min()) <= int(data[name].max()) < limit:
+            raise InputError(f"field '{name}' has an index outside 0 to {limit - 1}")
 
 
 def check_lattice(cell: Tensor, pbc: Tensor) -> None:
@@ -228,17 +264,17 @@ def check_lattice(cell: Tensor, pbc: Tensor) -> None:
     Raises:
         InputError: says what the cell is.
     """
-    vectors = cell[pbc]
+    vectors = cell.detach().cpu().numpy()[pbc.cpu().numpy()]  # small matrices: numpy takes a fifth of torch's time
     if not len(vectors):
         return
-    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    lengths = np.linalg.norm(vectors, axis=1)
     if (lengths == 0).any():
         raise InputError(
             f"periodic along {pbc.tolist()}, but a lattice vector is zero: cell {cell.tolist()}",
             remedy="set the cell, or pbc to False",
         )
     unit = vectors / lengths[:, None]
-    if torch.linalg.det(unit @ unit.T) < 1e-8:
+    if not np.linalg.det(unit @ unit.T) >= 1e-8:  # NaN is refused too
         raise InputError(
             f"the lattice has no volume: cell {cell.tolist()}, pbc {pbc.tolist()}", remedy="repair the cell, or set pbc to False"
         )

@@ -13,6 +13,7 @@ virial of the opposite convention, +dE/dstrain, add `sign: -1`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,21 +43,20 @@ class LabelSource:
 
     key: str
     unit: str = ""
-    sign: float = 1.0
+    sign: float | int = 1.0
     order: str = "xx,yy,zz,yz,xz,xy"
     virial: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.sign, bool) or self.sign not in (1, -1):
+        if self.sign not in (1, -1):
             raise InputError(f"sign of '{self.key}' must be 1 or -1, received {self.sign!r}")
-        if not isinstance(self.virial, bool):
-            raise InputError(f"virial of '{self.key}' must be true or false, received {self.virial!r}")
         voigt_indices(self.order)
 
 
 KeyMap = dict[str, LabelSource]
 
 
+@functools.cache
 def voigt_indices(order: str) -> list[tuple[int, int]]:
     """Row and column of each of the six numbers: "xx,yy,zz,yz,xz,xy" → [(0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)].
 
@@ -75,7 +75,7 @@ def readable_fields() -> list[str]:
     return [name for name, field in FIELDS.items() if name in inputs or field.label]
 
 
-def key_map(spec: Mapping[str, Any] | None) -> KeyMap:
+def key_map(spec: Any) -> KeyMap:
     """The key map of a recipe or command line: field → key, or field → {key, unit, sign, order, virial}, or field → null.
 
     Raises:
@@ -123,8 +123,10 @@ def _options(name: str, given: Mapping[Any, Any]) -> dict[str, Any]:
         raise InputError(f"keys: '{name}' has the unknown option '{unknown}'", remedy=nearest(str(unknown), _DEFAULTS))
     if not isinstance(given.get("key"), str) or not given["key"]:
         raise InputError(f"keys: '{name}' needs a 'key', received {dict(given)!r}")
-    options = dict(given)
-    for option in ("unit", "order"):
-        if not isinstance(options.get(option, ""), str):
-            raise InputError(f"keys: '{option}' of '{name}' must be text, received {options[option]!r}")
-    return options
+    for option, kind, words in (
+        ("unit", str, "text"), ("order", str, "text"), ("virial", bool, "true or false"), ("sign", (int, float), "1 or -1"),
+    ):  # fmt: skip
+        value = given.get(option, _DEFAULTS[option])
+        if not isinstance(value, kind) or (option == "sign" and isinstance(value, bool)):
+            raise InputError(f"keys: '{option}' of '{name}' must be {words}, received {value!r}")
+    return dict(given)

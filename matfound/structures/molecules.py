@@ -70,10 +70,11 @@ def from_smiles(smiles: str, *, hydrogens: bool = True, conformer_seed: int | No
 
 def _parse(smiles: str) -> Chem.Mol:
     options = Chem.SmilesParserParams()
-    # Text after a blank would be taken for a name, and lost.
-    options.parseName = options.allowCXSMILES = False  # type: ignore[assignment]
+    options.parseName = False  # type: ignore[assignment]  # text after a blank is a mistake, unless it is a CXSMILES extension
     mol = Chem.MolFromSmiles(smiles.strip(), options)
     if mol is not None and mol.GetNumAtoms():
+        if any(atom.GetAtomicNum() == 0 for atom in mol.GetAtoms()):
+            raise InputError(f"'{smiles}' has a placeholder '*' in place of an element", remedy="replace it or remove the molecule")
         return mol
     raw = Chem.MolFromSmiles(smiles.strip(), sanitize=False)
     problems = [problem.Message() for problem in Chem.DetectChemistryProblems(raw)] if raw is not None else []
@@ -169,6 +170,8 @@ def from_selfies(text: str, *, hydrogens: bool = True, conformer_seed: int | Non
     except selfies.DecoderError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"'{text}' is not valid SELFIES: {reason}", remedy="repair or remove the molecule") from None
+    if not smiles:
+        raise InputError(f"'{text}' is not valid SELFIES: it has no atoms", remedy="repair or remove the molecule")
     return from_smiles(smiles, hydrogens=hydrogens, conformer_seed=conformer_seed)
 
 

@@ -25,7 +25,7 @@ class TargetMetrics(MetricCollection):
         for name in self.target.metrics or ():
             self[name].update(error.abs() if name == "mae" else error.square())
 
-    def values(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """Name to value; metrics that have seen nothing are left out."""
         found = {}
         for name, metric in self.items(keep_base=True):

@@ -84,7 +84,7 @@ class MultiTask(LightningModule):
             total = total + target.weight * loss
             if stage != "train":
                 self.metrics[stage][target.field].add(comparison)  # type: ignore[index,operator]
-        self.log(f"{stage}/loss", total.detach(), batch_size=batch.num_systems, prog_bar=True, on_step=False, on_epoch=True)
+        self.log(f"{stage}/loss", total.detach(), batch_size=batch.num_systems, on_step=False, on_epoch=True)
         return total
 
     def training_step(self, batch: AtomicData, batch_idx: int) -> Tensor:
@@ -117,8 +117,8 @@ class MultiTask(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for field, metrics in self.metrics[stage].items():  # type: ignore[operator,union-attr]
-            for name, value in metrics.values().items():
-                self.log(f"{stage}/{field}_{name}", value, prog_bar=field in ("energy", "forces") and name == "mae")
+            for name, value in metrics.results().items():
+                self.log(f"{stage}/{field}_{name}", value)
             metrics.reset()
 
     def configure_optimizers(self) -> Any:

@@ -1,6 +1,7 @@
 import importlib.util
 import itertools
 import sys
+import types
 
 import ase
 import numpy as np
@@ -17,7 +18,7 @@ from matfound.errors import InputError
 from matfound.graphs import neighbors
 from matfound.graphs.neighbors import Graph, SkinList, add_graphs, edge_vectors, radius_graph
 from matfound.graphs.spec import GraphSpec
-from matfound.structures.atomic_data import AtomicData, collate
+from matfound.structures.atomic_data import AtomicData, check_lattice, collate
 
 NEAR_CUTOFF = 1e-9
 
@@ -470,6 +471,15 @@ def test_cells_without_volume_are_refused():
         graph_of(ase.Atoms("Cu", cell=[2, 2, 0], pbc=True), 4.0)
 
 
+@pytest.mark.parametrize("pbc", [True, False])
+def test_cells_that_are_no_numbers_are_refused(pbc):
+    for value in (np.nan, np.inf):
+        with pytest.raises(InputError, match="field 'cell' is not finite"):
+            radius_graph(*tensors(ase.Atoms("Cu", cell=[[3, 0, 0], [0, value, 0], [0, 0, 3]], pbc=pbc)), GraphSpec(4.0))
+    with pytest.raises(InputError, match="no volume"):
+        check_lattice(torch.full((3, 3), torch.nan).double(), torch.tensor([True] * 3))
+
+
 def test_cells_in_the_wrong_unit_are_refused():
     nanometres = bulk("Cu", cubic=True).repeat((3, 3, 3))
     nanometres.set_cell(nanometres.cell.array * 1e-3, scale_atoms=True)
@@ -598,6 +608,45 @@ def test_nvalchemi_finds_what_pymatgen_finds():
     graph = neighbors._select(pairs, geometry, GraphSpec(5.0))
     assert torch.equal(graph.edge_index, expected.edge_index)
     assert torch.equal(graph.edge_shift, expected.edge_shift)
+
+
+class Overflow(Exception):
+    num_neighbors = 100
+
+
+def stand_in_for_nvalchemi(calls: list[dict]) -> types.ModuleType:
+    """nvalchemi-toolkit-ops as documented: (pairs, pointers, shifts), pairs as [target, source]; too small a guess is refused."""
+
+    def neighbor_list(positions, cutoff, cell, pbc, batch_idx, return_neighbor_list, max_neighbors=10):
+        calls.append({"systems": len(cell), "max_neighbors": max_neighbors})
+        assert batch_idx.dtype == torch.int32
+        assert return_neighbor_list
+        if max_neighbors < Overflow.num_neighbors:
+            raise Overflow
+        pieces = []
+        for system in range(len(cell)):
+            rows = torch.nonzero(batch_idx == system).squeeze(1)
+            found = neighbors._search_pymatgen(positions[rows], cell[system], pbc[system], cutoff)
+            pieces.append((torch.stack([rows[found.target], rows[found.source]]), found.shift))
+        pairs, shifts = torch.cat([pair for pair, _ in pieces], dim=1), torch.cat([shift for _, shift in pieces])
+        return pairs.int(), torch.zeros(0), shifts.int()
+
+    module = types.ModuleType("nvalchemiops.torch.neighbors")
+    module.NeighborOverflowError, module.neighbor_list = Overflow, neighbor_list
+    return module
+
+
+def test_batches_go_to_nvalchemi_in_one_call(monkeypatch):
+    """With the package replaced by a stand-in, and the GPU by a search that is told to take its way."""
+    calls = []
+    for name in ("nvalchemiops", "nvalchemiops.torch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "nvalchemiops.torch.neighbors", stand_in_for_nvalchemi(calls))
+    batch = collate([datum(rattled(number)) for number in (0, 7, 1)])
+    expected = add_graphs(batch.clone(), SPECS)
+    monkeypatch.setattr(neighbors, "_on_gpu", lambda tensor: True)
+    assert_same(add_graphs(batch, SPECS), expected)
+    assert calls == [{"systems": 2, "max_neighbors": 10}, {"systems": 2, "max_neighbors": 100}]
 
 
 def test_vesin_missing_is_one_clear_line(monkeypatch):

@@ -1,0 +1,120 @@
+"""What the documents show, runs: every Python block, every YAML block and every `matfound` command of README.md and docs/*.md.
+
+The blocks of a document run in order, in one namespace and one folder that has `in.cif`, `my.extxyz` and a barely trained `demo/model`.
+A YAML block is written to the file that its first line names. Training is cut down to one batch.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ase.build
+import ase.io
+import pytest
+
+from matfound import fields
+from matfound.cli.main import main
+
+REPO = Path(__file__).resolve().parent.parent
+DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+ONE_BATCH = [f"--trainer.{option}=1" for option in ("max_epochs", "limit_train_batches", "limit_val_batches", "check_val_every_n_epoch")]
+#: What may stand at the start of a line of a bash block, beside `matfound`.
+OTHER_COMMANDS = ("make", "python3", ".venv/bin/pip")
+#: Fine, and written but not converged: the model is hardly trained.
+EXIT_CODES = (0, 3)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(REPO))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    assert main(["fit", "--config", "recipes/minidft.yaml", f"--trainer.default_root_dir={folder / 'demo'}", *ONE_BATCH]) == 0
+    ase.io.write(folder / "in.cif", ase.build.bulk("MgO", "rocksalt", a=4.3))
+    frames = []
+    for i in range(10):
+        atoms = ase.build.bulk("MgO", "rocksalt", a=4.2)
+        atoms.rattle(0.05, seed=i)
+        atoms.info = {"REF_energy": -11.9 + 0.1 * (i % 3), "config_type": f"kind{i % 5}"}
+        atoms.set_array("REF_forces", atoms.positions - atoms.get_center_of_mass())
+        atoms.set_array("magmoms", atoms.numbers / 10.0)
+        frames.append(atoms)
+    ase.io.write(folder / "my.extxyz", frames)
+    return folder
+
+
+def blocks(path: Path) -> list[tuple[int, str, str]]:
+    """Line, language and text of each fenced block."""
+    text = path.read_text(encoding="utf-8")
+    return [(text[: match.start()].count("\n") + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
+
+
+def run_commands(text: str, targets: set[str]) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "make":
+            assert words[1] in targets, f"make has no target {words[1]}"
+        if words[0] != "matfound":
+            assert words[0] in OTHER_COMMANDS, line
+            continue
+        if words[1] == "fit":
+            words += ONE_BATCH
+        assert words[1] != "demo", "too long to be run here: show `make demo`"
+        assert main(words[1:]) in EXIT_CODES, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path)], ids=name)
+def test_blocks(path: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(workplace, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    known = dict(fields.FIELDS)
+    targets = set(re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    namespace: dict[str, Any] = {"__name__": "document"}
+    try:
+        for line, language, text in blocks(path):
+            if language == "python":
+                exec(compile("\n" * line + text, name(path), "exec"), namespace)
+            elif language == "yaml":
+                file = re.match(r"# (\S+\.yaml)", text)
+                assert file, f"{name(path)}:{line}: the first line of a YAML block names its file"
+                Path(file[1]).write_text(text, encoding="utf-8")
+            elif language == "bash":
+                run_commands(text, targets)
+            else:
+                pytest.fail(f"{name(path)}:{line}: a block of {language}")
+    finally:
+        fields.FIELDS.clear()
+        fields.FIELDS.update(known)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, REPO / "CONTRIBUTING.md"], ids=name)
+def test_links(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (path.parent / link).exists(), f"{name(path)} links to {link}"
+
+
+def test_contributing_names_targets() -> None:
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z]+)\b", text)) <= targets
+
+
+def test_api_pages_name_every_module() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (REPO / "docs/api").glob("*.md"))
+    shown = set(re.findall(r"automodule:: (\S+)", pages))
+    modules = set()
+    for path in (REPO / "matfound").rglob("*.py"):
+        parts = path.relative_to(REPO).with_suffix("").parts
+        if path.read_text(encoding="utf-8").strip() and not parts[-1].startswith("_"):
+            modules.add(".".join(parts))
+    assert modules - shown == set()
