@@ -51,7 +51,8 @@ class Field:
     @property
     def missing(self) -> float | int | str:
         """The value that stands for "no value here" in a batch."""
-        return {"float64": float("nan"), "int64": -1, "bool": False, "str": ""}[self.dtype]
+        values: dict[DType, float | int | str] = {"float64": float("nan"), "int64": -1, "bool": False, "str": ""}
+        return values[self.dtype]
 
 
 def _table(*fields: Field) -> dict[str, Field]:

@@ -10,13 +10,14 @@ import ase
 import numpy as np
 import torch
 from ase.data import covalent_radii
-from e3nn.o3 import Irreps, rand_matrix
+from e3nn.o3 import Irrep, Irreps, rand_matrix
 from jaxtyping import Float
 from torch import Tensor
 
 from matfound.fields import FIELDS, MAIN_GRAPH
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Potential
+from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.nn.so3.layout import from_e3nn, to_e3nn
 from matfound.structures.ase import from_atoms
 from matfound.structures.atomic_data import AtomicData, collate
@@ -296,7 +297,22 @@ def assert_equivariant(
 
 
 def _transform(x: Float[Tensor, "rows dim"], irreps: str, matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "rows dim"]:
-    return from_e3nn(to_e3nn(x, irreps) @ Irreps(irreps).D_from_matrix(matrix).T.to(x.dtype), irreps)
+    blocks = [ir_block @ _wigner(ir, matrix).T for ir, ir_block in _components_last(to_e3nn(x, irreps), irreps)]
+    return from_e3nn(torch.cat([block.flatten(1) for block in blocks], dim=1), irreps)
+
+
+def _components_last(x: Float[Tensor, "rows dim"], irreps: str) -> list[tuple[Irrep, Float[Tensor, "rows channels component"]]]:
+    blocks = Irreps(irreps)
+    return [(ir, x[:, s].unflatten(1, (mul, ir.dim))) for (mul, ir), s in zip(blocks, blocks.slices(), strict=True)]
+
+
+def _wigner(ir: Irrep, matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "component component"]:
+    """D with Y_l(R v) = D Y_l(v), times the parity for reflections; in full float64, which e3nn's own routine does not reach."""
+    sign = torch.linalg.det(matrix).sign()
+    directions = torch.randn(8 * ir.dim, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = spherical_harmonics(directions, ir.l)[:, ir.l**2 :]
+    after = spherical_harmonics(directions @ (sign * matrix).T, ir.l)[:, ir.l**2 :]
+    return torch.linalg.lstsq(before, after).solution.T * (1.0 if sign > 0 else float(ir.p))
 
 
 def check_op(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:

@@ -75,6 +75,7 @@ def _relax(args: argparse.Namespace) -> int:
 
     out = Path(args.out or Path(args.input).name.partition(".")[0] + "-relaxed.extxyz")
     _check_output(out, [args.input])
+    kind = _file_type(out)
     structures = list(_structures([args.input], args.index))
     calculator = Calculator(args.model, device=args.device, dtype=args.dtype, head=args.head)
     done: list[tuple[int, Relaxation]] = []
@@ -98,7 +99,7 @@ def _relax(args: argparse.Namespace) -> int:
             done.append((frame, result))
             rows.append(_relax_row(frame, result))
     if done:
-        _write_structures(out, [result.atoms for _, result in done])
+        _write_structures(out, [result.atoms for _, result in done], kind)
     _relax_summary(args, rows, [result for _, result in done], out)
     for problem in problems:
         _say(f"matfound: error: {problem}")
@@ -133,10 +134,10 @@ def _relax_row(frame: int, result: "Relaxation") -> dict[str, Any]:
         "formula": result.atoms.get_chemical_formula(),
         "converged": "yes" if result.converged else "no",
         "steps": result.steps,
-        "energy/atom before": f"{before['energy_per_atom']:.5f}",
-        "after (eV)": f"{after['energy_per_atom']:.5f}",
+        "eV/atom before": f"{before['energy_per_atom']:.5f}",
+        "eV/atom after": f"{after['energy_per_atom']:.5f}",
         "fmax before": f"{before['fmax']:.4f}",
-        "after (eV/Å)": f"{after['fmax']:.4f}",
+        "fmax after": f"{after['fmax']:.4f}",
     }
     if "volume" in after and result.before["volume"] != after["volume"]:
         row["volume"] = f"{100 * (after['volume'] / before['volume'] - 1):+.2f}%"
@@ -311,16 +312,27 @@ def _check_output(out: Path, inputs: list[str]) -> None:
         raise InputError("is a folder, expected a file to write", file=out)
 
 
-def _write_structures(path: Path, structures: "list[ase.Atoms]") -> None:
-    from ase.io import write
-    from ase.io.formats import UnknownFileTypeError, filetype
-
-    from matfound.report.files import replacing
+def _file_type(path: Path) -> str:
+    """ASE's name of the format that a file name stands for."""
+    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
     try:
         kind = "extxyz" if path.suffix == ".xyz" else filetype(str(path), read=False)
     except UnknownFileTypeError:
-        raise InputError(f"ASE knows no file type '{path.suffix}'", remedy="use .extxyz, .cif, .traj, …", file=path) from None
+        kind = ""
+    if kind not in ioformats or not ioformats[kind].can_write:
+        raise InputError(f"ASE writes no files called '*{path.suffix}'", remedy="use .extxyz, .cif, .traj, …", file=path)
+    return str(kind)
+
+
+def _write_structures(path: Path, structures: "list[ase.Atoms]", kind: str) -> None:
+    from ase.io import write
+    from ase.io.formats import ioformats
+
+    from matfound.report.files import replacing
+
+    if len(structures) > 1 and ioformats[kind].single:
+        raise InputError(f"a file of type {kind} holds one structure, there are {len(structures)}", remedy="use .extxyz", file=path)
     with replacing(path) as temporary:
         write(temporary, structures, format=kind)
 

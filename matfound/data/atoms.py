@@ -60,10 +60,15 @@ def _read(file: str, wanted: slice) -> Iterator[tuple[int, ase.Atoms]]:
 
 
 def _lazily(source: LazySource) -> Iterator[tuple[int, ase.Atoms]]:
-    for i in range(source.size):
-        index = source.index(i)
-        try:
-            atoms = source._atoms(index)
-        except READ_ERRORS as error:
-            raise InputError(f"cannot be read: {reason(error)}", remedy="fetch the file again", file=source.file, frame=index) from error
-        yield index, atoms
+    try:
+        for i in range(source.size):
+            index = source.index(i)
+            try:
+                atoms = source._atoms(index)
+            except READ_ERRORS as error:
+                problem = f"cannot be read: {reason(error)}"
+                raise InputError(problem, remedy="fetch the file again", file=source.file, frame=index) from error
+            yield index, atoms
+    finally:
+        if hasattr(source.handle(), "close"):
+            source.handle().close()

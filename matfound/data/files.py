@@ -117,6 +117,10 @@ class TrajectorySource(LazySource):
     def _atoms(self, index: int) -> ase.Atoms:
         return self.handle()[index]
 
+    def __del__(self) -> None:
+        if self.__dict__.get("_handle") is not None:
+            self._handle[1].close()
+
 
 class DatabaseSource(LazySource):
     """An ASE SQLite database; rows in the order of their ids."""

@@ -69,7 +69,7 @@ def radius_graph(pos: Float[Tensor, "atoms 3"], cell: Float[Tensor, "3 3"], pbc:
     another image. Lattice vectors along which `pbc` is False are not used, whatever they are.
 
     Args:
-        pos: positions in Å, float64; on a GPU the search runs there. Atoms may lie outside the cell.
+        pos: positions in Å, taken as float64; on a GPU the search runs there. Atoms may lie outside the cell.
         cell: lattice vectors as rows, Å.
         pbc: periodic along each lattice vector.
         spec: cutoff and `max_neighbors`.
@@ -78,7 +78,7 @@ def radius_graph(pos: Float[Tensor, "atoms 3"], cell: Float[Tensor, "3 3"], pbc:
         InputError: positions that are not finite, two atoms in one place, a periodic cell without volume, or a GPU without vesin.
     """
     batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)
-    geometry = _Geometry(pos.detach(), cell.detach()[None], pbc[None], batch)
+    geometry = _Geometry(pos.detach().double(), cell.detach().double()[None], pbc[None], batch)
     return _select(_search(geometry, spec.cutoff), geometry, spec)
 
 
@@ -102,7 +102,8 @@ def edge_vectors(batch: AtomicData, graph: str = "main") -> Float[Tensor, "edges
     """Vectors from target to source, `pos[source] + edge_shift @ cell - pos[target]`, Å, float64; of a structure or a batch."""
     source, target = batch[graph_key("edge_index", graph)]
     systems = batch.batch if batch.is_batch else None
-    return _vectors(batch.pos, batch.cell, systems, _Pairs(source, target, batch[graph_key("edge_shift", graph)]))
+    pairs = _Pairs(source, target, batch[graph_key("edge_shift", graph)])
+    return _vectors(batch.pos.double(), batch.cell.double(), systems, pairs)
 
 
 class SkinList:
@@ -153,7 +154,7 @@ def _geometry(data: AtomicData) -> _Geometry:
             "the structure has no positions, so that it has no radius graph", remedy="for SMILES: from_smiles(..., conformer_seed=0)"
         )
     batch = data.batch if data.is_batch else torch.zeros(data.num_nodes, dtype=torch.int64, device=data.pos.device)
-    return _Geometry(data.pos.detach(), data.cell.detach(), data.pbc, batch)
+    return _Geometry(data.pos.detach().double(), data.cell.detach().double(), data.pbc, batch)
 
 
 def _set_graphs(data: AtomicData, graphs: Mapping[str, GraphSpec], geometry: _Geometry, pairs: _Pairs) -> AtomicData:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ase
 import numpy as np
-from ase.calculators.calculator import all_properties
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.geometry import find_mic
@@ -19,6 +17,7 @@ from ase.optimize.optimize import Optimizer
 
 from matfound.errors import InputError, nearest
 from matfound.inference.calculator import Calculator
+from matfound.inference.results import annotate
 from matfound.models.base import Potential
 from matfound.structures.atomic_data import AtomicData
 
@@ -43,7 +42,7 @@ class Relaxation:
     """What came of a relaxation.
 
     Args:
-        atoms: the last structure, with its energy, forces and stress.
+        atoms: the last structure with what the model predicts for it, see `matfound.inference.results.annotate`.
         converged: whether fmax fell below the threshold.
         steps: taken.
         trace: for each step from 0: "step", "energy" (eV), "fmax" (eV/Å: what converges; with the cell, the forces on the
@@ -154,7 +153,7 @@ def relax(
                 break
     after = measure(atoms, stress=cell) | {"max_displacement": largest_displacement(initial, atoms)}
     held = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.get_indices()}
-    atoms.calc = SinglePointCalculator(atoms, **{k: v for k, v in calculator.results.items() if k in all_properties})
+    atoms = annotate(atoms, calculator.results, calculator.potential.outputs)
     return Relaxation(atoms, trace[-1]["fmax"] < fmax, len(trace) - 1, trace, before, after, fmax, len(held), initial)
 
 

@@ -40,12 +40,12 @@ def annotate(atoms: ase.Atoms, results: Mapping[str, Any], names: Iterable[str])
     What else is in `info`, `arrays` and constraints stays. Labels of the same name move to `REF_<name>`, unless that is taken.
 
     Args:
-        atoms: perhaps with labels.
+        atoms: perhaps with labels, as files have them: in a `SinglePointCalculator`.
         results: from `as_results`.
         names: fields to put in.
     """
     out = atoms.copy()
-    labels = dict(atoms.calc.results) if atoms.calc is not None else {}
+    labels = dict(atoms.calc.results) if isinstance(atoms.calc, SinglePointCalculator) else {}
     for name, value in labels.items():
         if value is not None:
             _put(out, REFERENCE + name, value, keep=True)

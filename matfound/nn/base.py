@@ -28,8 +28,6 @@ class Configurable(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" not in cls.__dict__:
-            return
         init = cls.__init__
 
         @functools.wraps(init)

@@ -312,6 +312,8 @@ def _row(known: Field, sums: Sums) -> dict[str, Any]:
     if known.dtype == "int64":
         return {"n": sums.rows, "accuracy": sums.correct / sums.rows}
     mae = sums.absolute / sums.values
+    # Labels that are alike but for rounding have no variance to explain.
+    varied = sums.values > 1 and sums.spread > 1e-20 * sums.values * max(sums.mean**2, 1e-20)
     baseline = sums.baseline / sums.baseline_values if sums.baseline_values else None
     vector = known.shape == (3,)
     return {
@@ -319,7 +321,7 @@ def _row(known: Field, sums: Sums) -> dict[str, Any]:
         "MAE": mae,
         "RMSE": float(np.sqrt(sums.square / sums.values)),
         "max": sums.largest,
-        "R2": 1 - sums.square / sums.spread if sums.values > 1 and sums.spread > 0 else None,
+        "R2": 1 - sums.square / sums.spread if varied else None,
         "cosine": sums.cosine / sums.directions if vector and sums.directions else None,
         "magnitude MAE": sums.magnitude / sums.rows if vector else None,
         "accuracy": None,

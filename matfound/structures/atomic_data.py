@@ -274,7 +274,7 @@ def check_lattice(cell: Tensor, pbc: Tensor) -> None:
             remedy="set the cell, or pbc to False",
         )
     unit = vectors / lengths[:, None]
-    if not np.linalg.det(unit @ unit.T) >= 1e-8:  # NaN is refused too
+    if not np.isfinite(unit).all() or np.linalg.det(unit @ unit.T) < 1e-8:
         raise InputError(
             f"the lattice has no volume: cell {cell.tolist()}, pbc {pbc.tolist()}", remedy="repair the cell, or set pbc to False"
         )

@@ -313,8 +313,8 @@ def test_forces_gone_from_frame_7(tmp_path, blocks):
 @pytest.mark.parametrize(
     ("frame", "line", "replacement", "words"),
     [
-        (3, 0, "5\n", ["frame 3: atom 4 has 1 columns, expected 7"]),
-        (3, 0, "3\n", ["frame 4: expected a line with the number of atoms", "or the atom count of frame 3"]),
+        (4, 0, "5\n", ["frame 4: atom 4 has 1 columns, expected 7"]),
+        (4, 0, "3\n", ["frame 5: expected a line with the number of atoms", "or the atom count of frame 4"]),
         (0, 0, "four\n", ["frame 0: expected a line with the number of atoms, received 'four'"]),
         (2, 0, "-4\n", ["frame 2: expected a line with the number of atoms"]),
         (2, 3, "Cu 0 0 nan 0 0 0\n", ["frame 2: field 'pos' of atom 1 is not finite"]),
@@ -359,8 +359,8 @@ def test_a_truncated_compressed_file(tmp_path, text, suffix, compress):
         path.write_bytes(raw[: int(len(raw) * cut)])
         error = refused(str(path), "ends before its compressed data does, after", "complete frame", paths=str(path))
         assert error.frame is None
-    found = int(str(error).split("after ")[1].split()[0])
-    assert found > 1000, "it streams: frames before the cut were read"
+    if suffix != "bz2":  # one block is all of this file
+        assert int(str(error).split("after ")[1].split()[0]) > 1000, "it streams: frames before the cut were read"
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [("xz", lzma.compress), ("gz", gzip.compress), ("bz2", bz2.compress)])

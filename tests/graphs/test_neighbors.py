@@ -264,6 +264,12 @@ def test_edge_vectors_are_differentiable():
     assert add_graphs(data, {"main": GraphSpec(4.0)}).edge_shift.requires_grad is False
 
 
+def test_float32_positions_are_taken_as_they_are():
+    pos, cell, pbc = tensors(bulk("NaCl", "rocksalt", a=5.64))
+    graph = radius_graph(pos.float(), cell.float(), pbc, GraphSpec(4.0))
+    assert edge_set(graph) == edge_set(radius_graph(pos, cell, pbc, GraphSpec(4.0)))
+
+
 # ------------------------------------------------------------------------------------------------------------------ order
 
 
@@ -597,7 +603,7 @@ def test_vesin_finds_what_pymatgen_finds(number, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(graph_of(rattled(number), 6.0, max_neighbors=30), expected, strict=True))
 
 
-@pytest.mark.skipif(not has("nvalchemiops"), reason="nvalchemi-toolkit-ops is not installed")
+@pytest.mark.skipif(not (has("nvalchemiops") and has("warp")), reason="nvalchemi-toolkit-ops is not installed")
 def test_nvalchemi_finds_what_pymatgen_finds():
     batch = collate([datum(rattled(number)) for number in range(len(CASES))])
     geometry = neighbors._geometry(batch)
