@@ -29,6 +29,7 @@ docs: $(VENV)/.installed-docs  ## HTML pages in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.installed  ## every benchmark, one after the other
+	@test -n "$(wildcard benchmarks/*.py)" || echo "benchmarks/ is empty"
 	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script" && $(BIN)/python $$script || exit 1; done
 
 mutants: $(VENV)/.installed  ## break the package on purpose and show that the tests notice

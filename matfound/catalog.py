@@ -96,9 +96,7 @@ class DatasetCard(_Card):
         for dataset, members in self.datasets.items():
             for member in members:
                 if member not in paths:
-                    raise ValueError(
-                        f"dataset '{dataset}' names the file '{member}', which is not listed; {nearest(member, paths)}"
-                    )
+                    raise ValueError(f"dataset '{dataset}' names the file '{member}', which is not listed; {nearest(member, paths)}")
             levels = {paths[member].level_of_theory for member in members}
             if len(levels) != 1:
                 raise ValueError(f"dataset '{dataset}' must have one level of theory, it has {sorted(levels)}")
@@ -113,9 +111,7 @@ class DatasetCard(_Card):
         for entry in self.files:
             if entry.path == path:
                 return entry
-        raise InputError(
-            f"dataset '{self.name}' has no file '{path}'", remedy=nearest(path, [entry.path for entry in self.files])
-        )
+        raise InputError(f"dataset '{self.name}' has no file '{path}'", remedy=nearest(path, [entry.path for entry in self.files]))
 
     def verify(self, folder: Path) -> None:
         """Compare the files in `folder` with the card.

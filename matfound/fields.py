@@ -96,7 +96,7 @@ FIELDS: dict[str, Field] = _table(
           description="formation energy per atom"),
     Field("hull_distance", "system", unit="eV/atom", irreps="0e", label=True, ase_key="e_above_hull",
           description="energy above the convex hull per atom"),
-)
+)  # fmt: skip
 
 #: Bookkeeping that collate adds: atoms, edges (per graph) and bonds of each system, and the system of each atom.
 COUNTS: dict[Level, str] = {"atom": "natoms", "edge": "nedges", "bond": "nbonds"}

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 import unicodedata
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from matfound.errors import InputError, nearest
 
@@ -29,9 +29,7 @@ class _Quantity:
     dimension: Dimension
 
     def times(self, other: "_Quantity", power: int = 1) -> "_Quantity":
-        exponents = {
-            key: self.dimension.get(key, 0) + power * other.dimension.get(key, 0) for key in (*self.dimension, *other.dimension)
-        }
+        exponents = {key: self.dimension.get(key, 0) + power * other.dimension.get(key, 0) for key in (*self.dimension, *other.dimension)}
         value = self.value * other.value**power if power >= 0 else self.value / other.value**-power
         return _Quantity(value, {key: exponent for key, exponent in exponents.items() if exponent})
 
@@ -180,4 +178,5 @@ def factor(unit: str, to: str) -> float:
 def convert(value: T, unit: str, to: str) -> T:
     """`value` (a number, an array, a tensor) in `unit`, expressed in `to`. Errors as for `factor`."""
     scale = factor(unit, to)
-    return value if scale == 1.0 else value * scale  # type: ignore[operator, no-any-return]
+    product: Any = value
+    return value if scale == 1.0 else cast(T, product * scale)

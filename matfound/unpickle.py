@@ -28,19 +28,20 @@ _SHARED = {
     *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray._reconstruct", "multiarray.scalar")),
     *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
 }
-_NUMPY_DTYPES = (
-    "BoolDType Int8DType Int16DType Int32DType Int64DType UInt8DType UInt16DType UInt32DType UInt64DType "
-    "Float16DType Float32DType Float64DType Complex64DType Complex128DType StrDType BytesDType"
-).split()
+_NUMPY_DTYPES = [
+    *(f"{kind}{bits}DType" for kind in ("Int", "UInt") for bits in (8, 16, 32, 64)),
+    *("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Complex64DType", "Complex128DType", "StrDType", "BytesDType"),
+]
+_TORCH_DTYPES = [
+    *("bool", "uint8", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+]
 _PLAIN = {
     "collections.OrderedDict",
     "torch.Size",
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_tensor_v2",
-    *(
-        f"torch.{name}"
-        for name in "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
-    ),
+    *(f"torch.{name}" for name in _TORCH_DTYPES),
 } | _SHARED
 #: Names of Python 2, which the first three pickle protocols use.
 _PYTHON2 = {"__builtin__": "builtins", "xrange": "range"}
@@ -147,9 +148,7 @@ def _load_archive(stream: Any, map_location: str) -> object:
     if "constants.pkl" in members or any(name.startswith("code/") for name in members):
         raise InputError("a TorchScript archive carries code and is not read", remedy="save the state dict with torch.save")
     if "data.pkl" not in members:
-        kind = (
-            "a torch.package" if any(name.startswith(".data/") for name in members) else "a zip file, but not one of torch.save,"
-        )
+        kind = "a torch.package" if any(name.startswith(".data/") for name in members) else "a zip file, but not one of torch.save,"
         raise InputError(f"{kind} is not read", remedy="save the state dict with torch.save")
     import torch
 
@@ -157,7 +156,7 @@ def _load_archive(stream: Any, map_location: str) -> object:
     with _allowed():
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
         if unsafe:
-            raise _RefusedError(sorted(unsafe)[0])
+            raise _RefusedError(min(unsafe))
         stream.seek(0)
         return torch.load(stream, map_location=map_location, weights_only=True)
 

@@ -120,7 +120,7 @@ def test_every_card_of_the_catalog_is_valid():
 
 
 def test_find_suggests_the_nearest():
-    with pytest.raises(InputError, match="no dataset is named 'minidf' .*did you mean 'minidft'"):
+    with pytest.raises(InputError, match=r"no dataset is named 'minidf' .*did you mean 'minidft'"):
         catalog.find("datasets", "minidf")
 
 

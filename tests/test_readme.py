@@ -1,9 +1,8 @@
 """What the documents show, runs: every Python block, every YAML block and every `matfound` command of README.md and docs/*.md.
 
-The blocks of a document run in order, in one namespace and one folder that has `in.cif`, `my.extxyz` and a barely trained model as `demo/model` and
-`runs/minidft/model`.
-A YAML block is written to the file that its first line names. Training is cut down to one batch on files that a document brings along, and
-else to reading the recipe.
+The blocks of a document run in order, in one namespace and one folder that has `in.cif`, `my.extxyz` and a barely trained model, as
+`demo/model` and `runs/minidft/model`. A YAML block is written to the file that its first line names. Training is cut down to one batch on
+files that a document brings along, and else to reading the recipe.
 """
 
 import re

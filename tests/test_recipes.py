@@ -11,10 +11,8 @@ from matfound.cli.main import main
 REPO = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
 OVERLAYS = sorted((REPO / "recipes/overlays").glob("*.yaml"))
-
-
-def name(path: Path) -> str:
-    return path.stem
+#: Each recipe by itself, each overlay on top of the first recipe.
+CHOICES = [(recipe,) for recipe in RECIPES] + [(RECIPES[0], overlay) for overlay in OVERLAYS]
 
 
 def parsed(capsys: pytest.CaptureFixture[str], *configs: Path) -> dict[str, Any]:
@@ -33,20 +31,19 @@ def within(small: Any, large: Any) -> bool:
     return small == large
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name)
-def test_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    assert within(content, parsed(capsys, recipe))
-    vocabulary = content["model"]["potential"]["init_args"]["datasets"]
-    assert set(content["data"]["datasets"]) <= set(vocabulary)
+@pytest.mark.parametrize("files", CHOICES, ids=lambda files: files[-1].stem)
+def test_parses(files: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(files[-1].read_text(encoding="utf-8"))
+    assert within(content, parsed(capsys, *files))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_conventions(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    assert set(content["data"]["datasets"]) <= set(content["model"]["potential"]["init_args"]["datasets"])
     assert content["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
-    assert "matfound fit --config recipes/" + recipe.name in recipe.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
-def test_overlay(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = yaml.safe_load(overlay.read_text(encoding="utf-8"))
-    assert within(content, parsed(capsys, RECIPES[0], overlay))
+    assert f"matfound fit --config recipes/{recipe.name}" in text
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,7 @@ def test_typing_error(old: str, new: str, expected: str, tmp_path: Path, capsys:
     assert old in text
     recipe = tmp_path / "typo.yaml"
     recipe.write_text(text.replace(old, new), encoding="utf-8")
-    assert main(["fit", "--config", str(recipe), "--print_config"]) in (1, 2)
+    assert main(["fit", "--config", str(recipe), "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"]) in (1, 2)
     error = capsys.readouterr().err.strip()
     assert expected in error
     assert error.startswith("matfound: error: ")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from matfound.errors import InputError
 from matfound.fields import FIELDS
-from matfound.units import _table, convert, factor
+from matfound.units import _parse, _table, convert, factor
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_every_field_unit_is_understood():
 def test_there_and_back(unit, other, power):
     power = power or 1
     unit, other = f"({unit})^{power}", f"({other})^{power}"
-    try:
-        there = factor(unit, other)
-    except InputError as error:
-        assert "cannot become" in str(error)
+    if _parse(unit).dimension != _parse(other).dimension:
+        with pytest.raises(InputError, match="cannot become"):
+            factor(unit, other)
         return
+    there = factor(unit, other)
     assert there * factor(other, unit) == pytest.approx(1.0, rel=1e-12)
 
 

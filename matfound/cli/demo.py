@@ -122,9 +122,7 @@ def relax_molecule(dataset: "FileDataset", out: Path, report: "Report") -> dict[
 def relax_crystal(dataset: "FileDataset", out: Path, report: "Report") -> dict[str, Any]:
     """Relax a rattled crystal with its cell and compare the volume with the minimum of its DFT series."""
     frames = _frames(dataset, CRYSTAL)
-    series = sorted(
-        (atoms.get_volume(), energy) for kind, energy, atoms in frames if kind in ("crystal_reference", "crystal_volume")
-    )
+    series = sorted((atoms.get_volume(), energy) for kind, energy, atoms in frames if kind in ("crystal_reference", "crystal_volume"))
     best = minimum_volume([v for v, _ in series], [e for _, e in series])
     result = _relax(_largest_rattle(frames, "crystal_rattled"), out, "crystal", cell=True)
     volume = result.atoms.get_volume()
@@ -132,7 +130,9 @@ def relax_crystal(dataset: "FileDataset", out: Path, report: "Report") -> dict[s
     _section(report, out, "crystal", f"Relaxation of {CRYSTAL} with its cell", result, text)
     figure = _volume_curve(result.atoms, out / "model", series, best)
     figure.savefig(out / "volume.png", dpi=160)
-    report.figure(figure, f"Energy of {CRYSTAL} against volume: DFT and the model, each relative to its minimum.", alt="energy against volume")
+    report.figure(
+        figure, f"Energy of {CRYSTAL} against volume: DFT and the model, each relative to its minimum.", alt="energy against volume"
+    )
     return _facts(CRYSTAL, result) | {"volume": volume, "dft_volume": best, "volume_error": volume / best - 1}
 
 

@@ -135,7 +135,10 @@ def train(argv: Sequence[str]) -> CLI:
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults={
-                "reload_dataloaders_every_n_epochs": 1, "inference_mode": False, "enable_model_summary": False, "callbacks": [RunProgress()],
+                "reload_dataloaders_every_n_epochs": 1,
+                "inference_mode": False,
+                "enable_model_summary": False,
+                "callbacks": [RunProgress()],
             },  # fmt: skip
             seed_everything_default=0,
         )
@@ -155,5 +158,3 @@ def _recipes(argv: list[str]) -> list[str]:
             place += 1
         place += 1
     return argv
-
-

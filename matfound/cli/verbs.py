@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import ase
     from rich.console import Console
 
+    from matfound.data.dataset import Dataset
     from matfound.inference.calculator import Calculator
     from matfound.inference.relax import Relaxation
     from matfound.structures.atomic_data import AtomicData
@@ -75,8 +76,8 @@ def _relax(args: argparse.Namespace) -> int:
 
     out = Path(args.out or Path(args.input).name.partition(".")[0] + "-relaxed.extxyz")
     _check_output(out, [args.input])
-    kind = _file_type(out)
     structures = list(_structures([args.input], args.index))
+    kind = _file_type(out, len(structures))
     calculator = Calculator(args.model, device=args.device, dtype=args.dtype, head=args.head)
     done: list[tuple[int, Relaxation]] = []
     rows: list[dict[str, Any]] = []
@@ -264,7 +265,7 @@ def _evaluate_parser(verbs: Any) -> None:
         description="Errors of a model on the labels of any readable files: MAE, RMSE, largest error, R2 and cosine, overall, by file, "
         "by kind of frame and by element, with parity plots.",
     )
-    errors.add_argument("files", nargs="+", metavar="FILE", help="anything `matfound data info` reads")
+    errors.add_argument("files", nargs="+", metavar="FILE", help="anything that `matfound data info` reads")
     add_model(errors)
     add_batch(errors)
     add_reading(errors)
@@ -274,14 +275,13 @@ def _evaluate_parser(verbs: Any) -> None:
 
 
 def _errors(args: argparse.Namespace) -> int:
-    from matfound.data.dataset import open_dataset
     from matfound.evaluation.errors import evaluate, write
     from matfound.inference.predict import ready
     from matfound.report.tables import terminal
 
     options = reading(args)
     potential = ready(args.model, args.device, args.dtype)
-    datasets = [open_dataset(file, **options) for file in args.files]
+    datasets = _open_datasets(args.files, options)
     with _Progress("predicting", sum(len(dataset) for dataset in datasets)) as advance:
         result = evaluate(potential, datasets, head=args.head, by=args.by, max_atoms=args.batch_atoms, progress=advance)
     out = console()
@@ -293,6 +293,23 @@ def _errors(args: argparse.Namespace) -> int:
         for path in write(result, args.out, facts):
             print(f"written to {path}")
     return 0
+
+
+def _open_datasets(files: list[str], options: dict[str, Any]) -> "list[Dataset]":
+    """Each file as a dataset of its own; a dataset of the catalog as its sets, each of one level of theory."""
+    from matfound import catalog
+    from matfound.data.dataset import open_dataset
+
+    found: list[Dataset] = []
+    for file in files:
+        known = not Path(file).exists() and file in catalog.names("datasets")
+        names = list(catalog.dataset(file).datasets) if known else [file]
+        found += [open_dataset(name, **options) for name in names]
+    names = [dataset.name for dataset in found]
+    for dataset in found:
+        if names.count(dataset.name) > 1:  # a/test.extxyz and b/test.extxyz
+            dataset.name = dataset.place(0)[0]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------- shared
@@ -312,8 +329,8 @@ def _check_output(out: Path, inputs: list[str]) -> None:
         raise InputError("is a folder, expected a file to write", file=out)
 
 
-def _file_type(path: Path) -> str:
-    """ASE's name of the format that a file name stands for."""
+def _file_type(path: Path, structures: int) -> str:
+    """ASE's name of the format that a file name stands for, if it can hold so many structures."""
     from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
     try:
@@ -322,17 +339,16 @@ def _file_type(path: Path) -> str:
         kind = ""
     if kind not in ioformats or not ioformats[kind].can_write:
         raise InputError(f"ASE writes no files called '*{path.suffix}'", remedy="use .extxyz, .cif, .traj, …", file=path)
+    if structures > 1 and ioformats[kind].single:
+        raise InputError(f"a file of type {kind} holds one structure, there are {structures}", remedy="use .extxyz", file=path)
     return str(kind)
 
 
 def _write_structures(path: Path, structures: "list[ase.Atoms]", kind: str) -> None:
     from ase.io import write
-    from ase.io.formats import ioformats
 
     from matfound.report.files import replacing
 
-    if len(structures) > 1 and ioformats[kind].single:
-        raise InputError(f"a file of type {kind} holds one structure, there are {len(structures)}", remedy="use .extxyz", file=path)
     with replacing(path) as temporary:
         write(temporary, structures, format=kind)
 

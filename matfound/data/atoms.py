@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ase
-from ase.io.formats import filetype
 
 from matfound.data.dataset import open_dataset
-from matfound.data.extxyz import is_extxyz, read_frames
-from matfound.data.files import READ_ERRORS, DatabaseSource, LazySource, TrajectorySource, _as_slice, _ase_frames, _expand, reason
+from matfound.data.extxyz import read_frames
+from matfound.data.files import LAZY, as_slice, ase_frames, expand, kind_of
 from matfound.errors import InputError
 
 
@@ -27,8 +26,8 @@ def read_atoms(
     Raises:
         InputError: a file is missing, empty, damaged or unknown to ASE; names file and frame.
     """
-    wanted = _as_slice(index)
-    for file in _expand([paths] if isinstance(paths, str | os.PathLike) else paths):
+    wanted = as_slice(index)
+    for file in expand([paths] if isinstance(paths, str | os.PathLike) else paths):
         found = False
         for frame, atoms in _read(file, wanted):
             found = True
@@ -43,32 +42,11 @@ def _read(file: str, wanted: slice) -> Iterator[tuple[int, ase.Atoms]]:
         dataset = open_dataset(file)
         yield from ((dataset.place(i)[1], dataset.get(i).to_atoms()) for i in range(len(dataset))[wanted])
         return
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError("the file is empty", remedy="give a file with at least one structure", file=file)
-    try:
-        kind = "extxyz" if is_extxyz(file) else filetype(file)
-    except READ_ERRORS as error:
-        raise InputError(f"ASE does not know this kind of file: {reason(error)}", remedy="give extended XYZ, CIF, …", file=file) from error
+    kind = kind_of(file)
     if kind == "extxyz":
         yield from read_frames(file, wanted)
-    elif kind == "traj":
-        yield from _lazily(TrajectorySource(file, wanted, None))
-    elif kind == "db":
-        yield from _lazily(DatabaseSource(file, wanted, None))
+    elif kind in LAZY:
+        source = LAZY[kind](file, wanted, None)
+        yield from ((source.index(i), source.atoms(i)) for i in range(source.size))
     else:
-        yield from _ase_frames(file, kind, wanted)
-
-
-def _lazily(source: LazySource) -> Iterator[tuple[int, ase.Atoms]]:
-    try:
-        for i in range(source.size):
-            index = source.index(i)
-            try:
-                atoms = source._atoms(index)
-            except READ_ERRORS as error:
-                problem = f"cannot be read: {reason(error)}"
-                raise InputError(problem, remedy="fetch the file again", file=source.file, frame=index) from error
-            yield index, atoms
-    finally:
-        if hasattr(source.handle(), "close"):
-            source.handle().close()
+        yield from ase_frames(file, kind, wanted)

@@ -103,8 +103,25 @@ class Source(ABC):
         return None
 
 
-def to_frame(atoms: ase.Atoms, keys: KeyMap | None, file: str, index: int) -> Frame:
-    """Convert what ASE read.
+class SlicedSource(Source):
+    """Some frames of another source."""
+
+    def __init__(self, source: Source, wanted: slice) -> None:
+        self._source, self._rows = source, range(source.size)[wanted]
+        self.file, self.size = source.file, len(self._rows)
+
+    def frame(self, i: int) -> Frame:
+        return self._source.frame(self._rows[i])
+
+    def index(self, i: int) -> int:
+        return self._source.index(self._rows[i])
+
+    def natoms(self, i: int) -> int:
+        return self._source.natoms(self._rows[i])
+
+
+def to_frame(atoms: ase.Atoms, keys: KeyMap | None, file: str, index: int, *, label: str = "") -> Frame:
+    """Convert what ASE read. A frame without an id is called "label:index", by default after its file.
 
     Raises:
         InputError: the structure is not valid; file and frame are named.
@@ -119,7 +136,7 @@ def to_frame(atoms: ase.Atoms, keys: KeyMap | None, file: str, index: int) -> Fr
         if name in data and not isinstance(data[name], str):
             data[name] = str(data[name][0])
     if "id" not in data:
-        data.id = f"{Path(file).name}:{index}"
+        data.id = f"{label or Path(file).name}:{index}"
     results = atoms.calc.results if atoms.calc is not None else {}
     arrays = {name: value.shape for name, value in atoms.arrays.items() if name not in ("numbers", "positions")}
     info = dict(atoms.info)
@@ -251,7 +268,7 @@ class SourceDataset(Dataset):
         expected = self._first_labels[number]
         if (found := labels(frame.data)) != expected:
             lacking = local if expected - found else 0
-            raise _inconsistent(sorted(expected ^ found)[0], source, lacking)
+            raise _inconsistent(min(expected ^ found), source, lacking)
 
 
 def labels(data: AtomicData) -> frozenset[str]:
@@ -273,7 +290,8 @@ def _check_consistent(source: Source, found: list[frozenset[str]]) -> None:
     some = frozenset[str]().union(*found)
     for i, present in enumerate(found):
         if present != some:
-            raise _inconsistent(sorted(some - present)[0], source, i, sum(sorted(some - present)[0] in other for other in found))
+            label = min(some - present)
+            raise _inconsistent(label, source, i, sum(label in other for other in found))
 
 
 def _inconsistent(label: str, source: Source, frame: int, having: int | None = None) -> InputError:
@@ -305,7 +323,7 @@ def open_dataset(
     Args:
         paths: a file or folder, a name from the catalog ("minidft", "minidft-crystals"), or several files.
         name: name of the dataset; the reader's own otherwise.
-        options: of the reader: `keys`, `allow_missing`; `index` (files); `total_energy` (OC20).
+        options: of the reader: `keys`, `allow_missing`, `index`; `total_energy` (OC20).
 
     Raises:
         InputError: nothing is there, or a folder holds nothing that is understood, or more than one kind of data.
@@ -372,12 +390,17 @@ def _kind(path: str) -> str:
         return kinds.pop()
     if "metadata.json" in inside:  # ASE's BundleTrajectory is a folder
         return "files"
-    example = next((name for name in inside if _looks_like_structures(name)), None)
-    raise InputError(
-        "a folder, but neither one of OC20 archives (N.extxyz.xz with N.txt.xz) nor of .aselmdb files",
-        remedy=f"name the files that you mean, e.g. {Path(path) / example}" if example else "name a file of structures",
-        file=path,
-    )
+    problem = "a folder, but neither one of OC20 archives (N.extxyz.xz with N.txt.xz) nor of .aselmdb files"
+    raise InputError(problem, remedy=_example(Path(path), inside), file=path)
+
+
+def _example(folder: Path, inside: list[str]) -> str:
+    for name in inside:
+        below = folder / name
+        if below.is_dir() and any(entry.name.endswith((".extxyz", ".extxyz.xz", ".aselmdb")) for entry in below.iterdir()):
+            return f"did you mean {below}?"
+    found = next((name for name in inside if _looks_like_structures(name)), None)
+    return f"name the files that you mean, e.g. {folder / found}" if found else "name a file of structures"
 
 
 def _looks_like_structures(name: str) -> bool:

@@ -28,7 +28,7 @@ _PROPERTIES = re.compile(r"""(?:^|\s)Properties\s*=\s*["']?([^\s"']+)""")
 
 
 class _Text(NamedTuple):
-    index: int
+    frame: int
     lines: list[str]
 
 
@@ -41,7 +41,7 @@ def is_extxyz(path: str | os.PathLike[str]) -> bool:
 def open_text(path: str | os.PathLike[str]) -> io.TextIOWrapper:
     """A text file, decompressed as a stream by what its name ends with."""
     opener = _OPENERS.get(os.path.splitext(os.fspath(path))[1], open)
-    return opener(os.fspath(path), "rt", encoding="utf-8")
+    return opener(os.fspath(path), "rt", encoding="utf-8-sig")
 
 
 def read_frames(path: str | os.PathLike[str], index: slice = slice(None)) -> Iterator[tuple[int, ase.Atoms]]:
@@ -56,7 +56,7 @@ def read_frames(path: str | os.PathLike[str], index: slice = slice(None)) -> Ite
     else:
         texts = iter(list(texts)[index])
     for text in texts:
-        yield text.index, _parse(text, path)
+        yield text.frame, _parse(text, path)
 
 
 def _split(path: str | os.PathLike[str]) -> Iterator[_Text]:
@@ -141,9 +141,7 @@ def _parse(text: _Text, path: str | os.PathLike[str]) -> ase.Atoms:
     try:
         return next(iter(read_xyz(io.StringIO("".join(text.lines)), 0)))
     except KeyError as error:
-        raise InputError(f"unknown chemical symbol {error}", file=path, frame=text.index) from error
+        raise InputError(f"unknown chemical symbol {error}", file=path, frame=text.frame) from error
     except _BROKEN_FRAME as error:
         reason = str(error).removeprefix("ase.io.extxyz: ") or type(error).__name__
-        raise InputError(
-            f"cannot be parsed: {reason}", remedy="repair or remove the frame", file=path, frame=text.index
-        ) from error
+        raise InputError(f"cannot be parsed: {reason}", remedy="repair or remove the frame", file=path, frame=text.frame) from error

@@ -19,8 +19,9 @@ import ase
 import ase.db
 import ase.io
 from ase.db.row import AtomsRow
-from ase.io.formats import UnknownFileTypeError, filetype, string2index
+from ase.io.formats import UnknownFileTypeError, filetype
 from ase.io.trajectory import TrajectoryReader
+from ase.utils import string2index
 
 from matfound import catalog
 from matfound.data.dataset import Frame, Source, SourceDataset, as_key_map, to_frame
@@ -82,15 +83,21 @@ class LazySource(Source):
     @abstractmethod
     def _atoms(self, index: int) -> ase.Atoms: ...
 
-    def frame(self, i: int) -> Frame:
+    def atoms(self, i: int) -> ase.Atoms:
+        """Frame `i` as ASE has it.
+
+        Raises:
+            InputError: it cannot be read; file and frame are named.
+        """
         index = self._indices[i]
         try:
-            atoms = self._atoms(index)
+            return self._atoms(index)
         except READ_ERRORS as error:
-            raise InputError(
-                f"cannot be read: {reason(error)}", remedy="fetch the file again", file=self.file, frame=index
-            ) from error
-        return to_frame(atoms, self._keys, self.file, index)
+            problem = f"cannot be read: {reason(error)}"
+            raise InputError(problem, remedy="fetch the file again", file=self.file, frame=index) from error
+
+    def frame(self, i: int) -> Frame:
+        return to_frame(self.atoms(i), self._keys, self.file, self._indices[i])
 
     def index(self, i: int) -> int:
         return self._indices[i]
@@ -107,9 +114,7 @@ class TrajectorySource(LazySource):
         try:
             self.select(len(self.handle()), index)
         except READ_ERRORS as error:
-            raise InputError(
-                f"not a readable ASE trajectory: {reason(error)}", remedy="fetch the file again", file=file
-            ) from error
+            raise InputError(f"not a readable ASE trajectory: {reason(error)}", remedy="fetch the file again", file=file) from error
 
     def _open(self) -> TrajectoryReader:
         return TrajectoryReader(self.file)
@@ -118,8 +123,9 @@ class TrajectorySource(LazySource):
         return self.handle()[index]
 
     def __del__(self) -> None:
-        if self.__dict__.get("_handle") is not None:
-            self._handle[1].close()
+        handle = self.__dict__.get("_handle")
+        if handle is not None:
+            handle[1].close()
 
 
 class DatabaseSource(LazySource):
@@ -177,13 +183,18 @@ class FileDataset(SourceDataset):
         allow_missing: bool = False,
         index: str | None = None,
     ) -> None:
-        mapped, wanted = as_key_map(keys), _as_slice(index)
-        files = _expand([paths] if isinstance(paths, str | os.PathLike) else paths)
+        mapped, wanted = as_key_map(keys), as_slice(index)
+        files = expand([paths] if isinstance(paths, str | os.PathLike) else paths)
         sources = [open_source(file, wanted, mapped) for file in files]
         super().__init__(sources, name or Path(files[0]).name.partition(".")[0], mapped, allow_missing)
 
 
-def _as_slice(index: str | None) -> slice:
+def as_slice(index: str | None) -> slice:
+    """A slice as ASE writes it: ":100", "::10", "-1"; None is everything.
+
+    Raises:
+        InputError: something else.
+    """
     if index is None:
         return slice(None)
     try:
@@ -197,9 +208,14 @@ def _as_slice(index: str | None) -> slice:
     return wanted
 
 
-def _expand(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+def expand(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The files that paths and patterns name, here or in the catalog.
+
+    Raises:
+        InputError: one names none.
+    """
     files: list[str] = []
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(path) for path in paths]:
         if any(mark in path for mark in "*?[") and not Path(path).exists():
             matches = sorted(glob.glob(os.path.expanduser(path))) or sorted(map(str, catalog.root().glob(path.lstrip("/"))))
             if not matches:
@@ -212,11 +228,11 @@ def _expand(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return files
 
 
-def open_source(file: str, index: slice, keys: KeyMap | None) -> Source:
-    """The frames of one file, by what it is.
+def kind_of(file: str) -> str:
+    """The format of a file in ASE's words: "extxyz", "traj", "db", "cif", ...
 
     Raises:
-        InputError: as for `FileDataset`.
+        InputError: a folder, an empty file, an LMDB database, or nothing that ASE knows.
     """
     path = Path(file)
     if path.is_dir() and not (path / "metadata.json").is_file():
@@ -224,31 +240,39 @@ def open_source(file: str, index: slice, keys: KeyMap | None) -> Source:
     if path.is_file() and path.stat().st_size == 0:
         raise InputError("the file is empty", remedy="give a file with at least one structure", file=file)
     if file.endswith((".aselmdb", ".lmdb")):
-        remedy = (
-            "use matfound.data.omat24.AseLmdbDataset" if file.endswith(".aselmdb") else "convert it to extended XYZ or .aselmdb"
-        )
-        raise InputError("an LMDB database is not read as a structure file", remedy=remedy, file=file)
+        remedy = "matfound.data.omat24.AseLmdbDataset reads it" if file.endswith(".aselmdb") else "convert it to extended XYZ"
+        raise InputError("an LMDB database is not a structure file", remedy=remedy, file=file)
     if is_extxyz(file):
-        return MemorySource(file, read_frames(file, index), keys)
+        return "extxyz"
     try:
-        kind = filetype(file)
+        return str(filetype(file))
     except READ_ERRORS as error:
-        raise InputError(
-            f"ASE does not know this kind of file: {reason(error)}", remedy="give extended XYZ, .traj, .db, CIF, ...", file=file
-        ) from error
-    if kind == "extxyz":
-        return MemorySource(file, read_frames(file, index), keys)
-    readers: dict[str, Callable[[str, slice, KeyMap | None], Source]] = {"traj": TrajectorySource, "db": DatabaseSource}
-    if kind in readers:
-        return readers[kind](file, index, keys)
-    return MemorySource(file, _ase_frames(file, kind, index), keys)
+        problem = f"ASE does not know this kind of file: {reason(error)}"
+        raise InputError(problem, remedy="give extended XYZ, .traj, .db, CIF, …", file=file) from error
 
 
-def _ase_frames(file: str, kind: str, index: slice) -> list[tuple[int, ase.Atoms]]:
+#: Formats whose frames are read on demand.
+LAZY: dict[str, Callable[[str, slice, KeyMap | None], LazySource]] = {"traj": TrajectorySource, "db": DatabaseSource}
+
+
+def open_source(file: str, index: slice, keys: KeyMap | None) -> Source:
+    """The frames of one file, by what it is. Errors as for `FileDataset`."""
+    kind = kind_of(file)
+    if kind in LAZY:
+        return LAZY[kind](file, index, keys)
+    return MemorySource(file, read_frames(file, index) if kind == "extxyz" else ase_frames(file, kind, index), keys)
+
+
+def ase_frames(file: str, kind: str, index: slice) -> list[tuple[int, ase.Atoms]]:
+    """The frames of a file that ASE reads whole, and their indices in it.
+
+    Raises:
+        InputError: ASE cannot read it.
+    """
     frames: list[tuple[int, ase.Atoms]] = []
     try:
         for atoms in ase.io.iread(file, index=":", format=kind, do_not_split_by_at_sign=True):
-            frames.append((len(frames), atoms))  # noqa: PERF401 (its length is the number of the frame that fails)
+            frames.append((len(frames), atoms))  # its length is the number of the frame that fails
     except READ_ERRORS as error:
         raise InputError(
             f"cannot be read as {kind}: {reason(error)}",

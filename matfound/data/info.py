@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from matfound.data.dataset import Frame, SourceDataset
+from matfound.data.dataset import Dataset, Frame, SourceDataset
 from matfound.errors import InputError
 from matfound.fields import FIELDS, Field
 from matfound.graphs.neighbors import radius_graph
@@ -111,7 +111,7 @@ class _Column:
 class _Survey:
     """One pass over the frames."""
 
-    def __init__(self, dataset: SourceDataset) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self.columns: dict[str, _Column] = {}
         self.per_atom = _Column("energy per atom", "eV/atom")
@@ -129,8 +129,8 @@ class _Survey:
         self.conflicts: list[tuple[int, int]] = []
         self.overlaps: list[int] = []
         self.energies: dict[int, float] = {}
-        for i, frame in enumerate(dataset.frames()):
-            self._add(i, frame)
+        for i in range(len(dataset)):
+            self._add(i, dataset.frame(i) if isinstance(dataset, SourceDataset) else Frame(dataset.get(i), {}, {}))
 
     def place(self, i: int) -> str:
         file, frame = self.dataset.place(i)
@@ -259,7 +259,7 @@ def shown(file: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
-def describe(dataset: SourceDataset) -> Description:
+def describe(dataset: Dataset) -> Description:
     """Read every frame once and sum up. Raises InputError where a frame cannot be read."""
     survey = _Survey(dataset)
     counts: collections.Counter[str] = collections.Counter(shown(dataset.place(i)[0]) for i in range(len(dataset)))
@@ -269,7 +269,7 @@ def describe(dataset: SourceDataset) -> Description:
     }
     return Description(
         name=dataset.name,
-        note=dataset.note,
+        note=getattr(dataset, "note", ""),
         files=dict(counts),
         frames=len(dataset),
         atoms=sum(survey.natoms),
@@ -322,7 +322,7 @@ def _range(survey: _Survey, name: str, column: _Column) -> Range | None:
 
 def _read_keys(survey: _Survey) -> set[str]:
     """Names that became fields."""
-    mapped = survey.dataset.key_map or {}
+    mapped = getattr(survey.dataset, "key_map", None) or {}
     names = {"numbers", "positions"}
     for field in FIELDS.values():
         if field.name in mapped:
@@ -341,7 +341,7 @@ def _keys(survey: _Survey) -> list[Key]:
     keys = []
     for name, values in survey.info.items():
         if name not in read:
-            keys.append(Key(name, len(values), _content(values), _hint(survey, name, np.shape(values[0]), values[0])))
+            keys.append(Key(name, len(values), _content(values), _hint(survey, name, _shape(values[0]), values[0])))
     for name, shapes in survey.arrays.items():
         if name not in read:
             trailing = ", ".join(["atoms", *map(str, shapes[0][1:])])
@@ -360,18 +360,23 @@ def _content(values: list[Any]) -> str:
         different = list(dict.fromkeys(values))
         shown = ", ".join(value[:24] for value in different[:3]) + (", …" if len(different) > 3 else "")
         return f"text, {len(different)} different: {shown}" if len(different) > 1 else f"text: {shown}"
-    shape = np.shape(values[0]) if isinstance(values[0], np.ndarray | list | tuple) else ()
+    shape = _shape(values[0])
     return f"array {shape}" if shape else type(values[0]).__name__
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    try:
+        return np.shape(value)
+    except ValueError:  # a ragged list
+        return ()
 
 
 def _hint(survey: _Survey, name: str, shape: tuple[Any, ...], value: Any) -> str:
     """How to read a key that looks like a label that the dataset does not have."""
     if isinstance(value, str | bool | np.bool_) or re.search(r"^initial_|per_?atom", name.lower()):
         return ""
-    for pattern, target in _HINTS:
-        if re.search(pattern, name.lower()):
-            break
-    else:
+    target = next((target for pattern, target in _HINTS if re.search(pattern, name.lower())), None)
+    if target is None:
         return ""
     fits = shape in ((3, 3), (6,), (9,)) if target == "stress" else shape == _SHAPES[target]
     if target in survey.columns or not fits:
@@ -395,9 +400,8 @@ def _warnings(survey: _Survey) -> list[str]:
     outliers = energy_outliers(survey.energies, survey.compositions)
     if outliers:
         i, off = next(iter(outliers.items()))
-        found.append(
-            f"{_frames(len(outliers))} with an energy far from others of their formula or elements; the worst, {off:+.4g} eV/atom: {survey.place(i)}"
-        )
+        worst = f"the worst, {off:+.4g} eV/atom: {survey.place(i)}"
+        found.append(f"{_frames(len(outliers))} with an energy far from others of their formula or elements; {worst}")
     if survey.overlaps:
         found.append(f"{_frames(len(survey.overlaps))} with atoms nearer than {OVERLAP} Å; the first: {survey.place(survey.overlaps[0])}")
     if survey.conflicts:

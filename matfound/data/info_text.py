@@ -74,7 +74,7 @@ def _table(*columns: tuple[str, bool], title: str = "") -> Table:
 def _field_table(description: Description) -> Table:
     table = _table(("field", False), ("unit", False), ("frames", True), ("missing", True), ("min", True), ("mean", True), ("max", True))
     for row in description.fields:
-        unit = row.unit.replace("^3", "³")
+        unit = row.unit.replace("^3", "³").replace("*", "·")
         missing = Text(f"{row.missing:,}", style="yellow") if row.missing else Text("–", style="dim")
         numbers = [_number(value) for value in (row.minimum, row.mean, row.maximum)]
         table.add_row(row.quantity, unit, f"{row.frames:,}", missing, *numbers)
@@ -102,6 +102,7 @@ def _key_table(description: Description) -> Table:
     columns = [("other keys", False), ("frames", True), ("content", False), *([("read it with", False)] if hints else [])]
     table = _table(*columns)
     for key in description.keys:
-        cells = [Text(key.name), f"{key.frames:,}", Text(key.content), *([Text(key.hint, style="yellow")] if hints else [])]
+        cells: list[Text] = [Text(key.name), Text(f"{key.frames:,}"), Text(key.content)]
+        cells += [Text(key.hint, style="yellow")] if hints else []
         table.add_row(*cells)
     return table

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import ase
 
 from matfound import catalog
-from matfound.data.dataset import Frame, Source, SourceDataset, as_key_map, to_frame
+from matfound.data.dataset import Frame, SlicedSource, Source, SourceDataset, as_key_map, to_frame
 from matfound.data.extxyz import open_text, read_frames
+from matfound.data.files import as_slice
 from matfound.errors import InputError
 from matfound.structures.keys import KeyMap
 
@@ -70,9 +71,7 @@ class ArchiveSource(Source):
         frame.data.id = line.id
         if not self._total_energy:
             if "energy" not in frame.data:
-                raise InputError(
-                    "no energy to subtract the reference from", remedy="fetch the file again", file=self.file, frame=index
-                )
+                raise InputError("no energy to subtract the reference from", remedy="fetch the file again", file=self.file, frame=index)
             frame.data.energy = frame.data.energy - line.reference
         return frame
 
@@ -97,9 +96,7 @@ def _parse(text: str, path: Path, number: int) -> _Line:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 3 and parts[0] and parts[1] and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", parts[2]):
         return _Line(parts[0], parts[1], float(parts[2]))
-    raise InputError(
-        f"line {number} is {text[:60]!r}, expected 'randomSID,frameFID,energy'", remedy="fetch the file again", file=path
-    )
+    raise InputError(f"line {number} is {text[:60]!r}, expected 'randomSID,frameFID,energy'", remedy="fetch the file again", file=path)
 
 
 def _pairs(path: Path) -> list[tuple[Path, Path]]:
@@ -140,6 +137,7 @@ class OC20Archives(SourceDataset):
         total_energy: keep the total energies instead of subtracting the reference energies.
         keys: as for `FileDataset`.
         allow_missing: as for `FileDataset`.
+        index: as for `FileDataset`.
 
     Raises:
         InputError: no archives, one of a pair is missing or damaged, a line is not what it should be, or (when the archive is first
@@ -153,10 +151,13 @@ class OC20Archives(SourceDataset):
         total_energy: bool = False,
         keys: Mapping[str, Any] | None = None,
         allow_missing: bool = False,
+        index: str | None = None,
     ) -> None:
         mapped = as_key_map(keys)
         paths = [path] if isinstance(path, str | os.PathLike) else path
         pairs = [pair for entry in paths for pair in _pairs(catalog.resolve(entry))]
-        sources = [ArchiveSource(structures, references, mapped, total_energy) for structures, references in pairs]
+        wanted = as_slice(index)
+        archives = [ArchiveSource(structures, references, mapped, total_energy) for structures, references in pairs]
+        sources = archives if index is None else [SlicedSource(archive, wanted) for archive in archives]
         super().__init__(sources, name, mapped, allow_missing)
         self.note = "total DFT energies" if total_energy else "energies are adsorption energies: total minus the reference of the text file"

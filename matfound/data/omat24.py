@@ -17,8 +17,8 @@ import lmdb
 import numpy as np
 
 from matfound import catalog
-from matfound.data.dataset import Frame, Source, SourceDataset, as_key_map, to_frame
-from matfound.data.files import READ_ERRORS, reason, row_atoms
+from matfound.data.dataset import Frame, SlicedSource, Source, SourceDataset, as_key_map, to_frame
+from matfound.data.files import READ_ERRORS, as_slice, reason, row_atoms
 from matfound.errors import InputError
 from matfound.structures.keys import KeyMap
 
@@ -94,7 +94,8 @@ class AseLmdbSource(Source):
 
     def frame(self, i: int) -> Frame:
         atoms = self._read(lambda db: row_atoms(db._get_row_by_index(i)), i)
-        frame = to_frame(atoms, self._keys, self.file, i)
+        path = Path(self.file)  # shards of every subset have the same names
+        frame = to_frame(atoms, self._keys, self.file, i, label=f"{path.resolve().parent.name}/{path.name}")
         if self.expected is not None and self.expected[i] != frame.data.num_nodes:
             raise InputError(
                 f"{frame.data.num_nodes} atoms, but metadata.npz says {self.expected[i]}", remedy=_REMEDY, file=self.file, frame=i
@@ -141,6 +142,7 @@ class AseLmdbDataset(SourceDataset):
         name: see `Dataset`.
         keys: as for `FileDataset`.
         allow_missing: as for `FileDataset`.
+        index: as for `FileDataset`.
 
     Raises:
         InputError: nothing there, a file is cut off or damaged, or metadata.npz is not this folder's.
@@ -152,12 +154,14 @@ class AseLmdbDataset(SourceDataset):
         name: str = "omat24",
         keys: Mapping[str, Any] | None = None,
         allow_missing: bool = False,
+        index: str | None = None,
     ) -> None:
         mapped = as_key_map(keys)
         sources: list[AseLmdbSource] = []
         for entry in [path] if isinstance(path, str | os.PathLike) else path:
             sources += _open_all(catalog.resolve(entry), mapped)
-        super().__init__(sources, name, mapped, allow_missing)
+        wanted = as_slice(index)
+        super().__init__(sources if index is None else [SlicedSource(source, wanted) for source in sources], name, mapped, allow_missing)
 
 
 def _open_all(path: Path, keys: KeyMap | None) -> list[AseLmdbSource]:

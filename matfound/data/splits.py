@@ -63,14 +63,13 @@ def random_split(n: int, fractions: Mapping[str, float], seed: int) -> Split:
         raise InputError(f"{n} frames cannot be split into {len(fractions)} parts", remedy="name fewer parts")
     exact = {part: n * fraction for part, fraction in fractions.items()}
     sizes = {part: int(value + 1e-9) for part, value in exact.items()}
-    used = min(n, int(round(sum(exact.values()))))
+    used = min(n, round(sum(exact.values())))
     for part in sorted(exact, key=lambda part: sizes[part] - exact[part])[: max(0, used - sum(sizes.values()))]:
         sizes[part] += 1
-    for part in sizes:
-        while sizes[part] == 0:
-            sizes[part] += 1
-            if sum(sizes.values()) > n:
-                sizes[max(sizes, key=lambda other: sizes[other])] -= 1
+    for part in [part for part, size in sizes.items() if size == 0]:
+        sizes[part] = 1
+        if sum(sizes.values()) > n:
+            sizes[max(sizes, key=lambda other: sizes[other])] -= 1
     return _cut(_shuffled(range(n), seed), sizes)
 
 
@@ -180,9 +179,7 @@ def select(split: NamedSplit, dataset: _HasIds, *, file: str | os.PathLike[str] 
     wanted = {frame for frames in split[dataset.name].values() for frame in frames}
     for i, value in enumerate(dataset.keys("id")):
         if str(value) in wanted and places.setdefault(str(value), i) != i:
-            raise InputError(
-                f"dataset '{dataset.name}' has the frame id '{value}' twice", remedy="give every frame its own frame_id"
-            )
+            raise InputError(f"dataset '{dataset.name}' has the frame id '{value}' twice", remedy="give every frame its own frame_id")
     missing = [frame for frames in split[dataset.name].values() for frame in frames if frame not in places]
     if missing:
         raise InputError(

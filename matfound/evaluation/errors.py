@@ -94,7 +94,7 @@ def evaluate(
     Args:
         potential: in eval mode or not; where it is, is where it runs.
         datasets: their names are groups of the tables.
-        head: level of theory for all of them; None leaves it to the model's default.
+        head: level of theory for all of them; None: for a dataset that the model was trained on, its own, else the model's default.
         by: "config_type", or an info key that every frame has.
         max_atoms: per batch.
         progress: called after each structure.
@@ -107,7 +107,8 @@ def evaluate(
     available: set[str] = set()
     for dataset in datasets:
         groups = None if by == "config_type" else dataset.keys(by)
-        for i, (sample, predictions) in enumerate(_predictions(potential, dataset, head, max_atoms)):
+        own = dataset.name if dataset.name in potential.datasets else None
+        for i, (sample, predictions) in enumerate(_predictions(potential, dataset, head or own, max_atoms)):
             labels = {name for name in sample.field_names() if FIELDS[name.partition("@")[0]].label}
             available |= labels
             group = groups[i] if groups is not None else sample.config_type if "config_type" in sample else ""

@@ -57,19 +57,18 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def model_input(potential: Potential, sample: AtomicData, dataset: str | None = None) -> AtomicData:
-    """What the model needs of one structure, without labels and graphs; the sample itself is not touched.
+    """What the model needs of one (checked) structure, without labels and graphs; the sample itself is not touched.
 
     The dataset index (level of theory) is that of `dataset`, else the one that the sample carries, else the model's default.
 
     Raises:
-        InputError: a broken structure, a dataset that the model does not have, or an element that it has not seen.
+        InputError: a dataset that the model does not have, or an element that it has not seen.
     """
     data = AtomicData()
     for name in sample.field_names():
         field = FIELDS[name.partition("@")[0]]
         if not field.label and field.level != "edge" and field.dtype != "str":
             data[name] = sample[name]
-    check(data)
     index = int(sample.dataset) if dataset is None and "dataset" in sample else -1
     if index >= len(potential.datasets):
         raise InputError(f"dataset index {index} is outside the model's {len(potential.datasets)} datasets")
@@ -143,7 +142,7 @@ def _predict(
     size = done = 0
     for frame, sample in enumerate(structures):
         try:
-            data = model_input(potential, sample, dataset)
+            data = model_input(potential, check(sample), dataset)
         except InputError as error:
             raise _named(error, sample, frame) from None
         if held and size + data.num_nodes > max_atoms:

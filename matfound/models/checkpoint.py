@@ -75,7 +75,9 @@ def save(potential: Potential, folder: str | os.PathLike[str], card: Mapping[str
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = "the previous checkpoint there is intact" if (folder / CONFIG).exists() else "nothing was left behind"
-        raise InputError(f"cannot save the checkpoint: {error.strerror}; {kept}", remedy="free space or choose another folder", file=folder) from error
+        raise InputError(
+            f"cannot save the checkpoint: {error.strerror}; {kept}", remedy="free space or choose another folder", file=folder
+        ) from error
     return folder
 
 
@@ -186,6 +188,6 @@ def _card(potential: Potential, card: dict[str, Any]) -> str:
         f"# {front.get('model_name', 'matfound model')}\n\n"
         f"{type(potential.backbone).__name__}, {parameters:,} parameters. Predicts {', '.join(potential.outputs)}; "
         f"levels of theory: {', '.join(potential.datasets)}.\n\n"
-        "```python\nimport matfound\n\natoms.calc = matfound.Calculator(\"path/to/this/folder\")\n```\n"
+        '```python\nimport matfound\n\natoms.calc = matfound.Calculator("path/to/this/folder")\n```\n'
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}"

@@ -156,9 +156,7 @@ class NequIP(Backbone):
             out = str(scalars) if n == num_layers - 1 else _reachable(current, irreps_sh, hidden)
             connection: SelfConnection = "none" if self_connection == "nequip" and n == 0 else self_connection
             layers.append(
-                Interaction(
-                    current, out, irreps_sh, [num_basis, *radial_hidden], len(elements), connection, normalize_radial, backend
-                )
+                Interaction(current, out, irreps_sh, [num_basis, *radial_hidden], len(elements), connection, normalize_radial, backend)
             )
             current = str(layers[-1].gate.irreps_out)
         self.layers = nn.ModuleList(layers)

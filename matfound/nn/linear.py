@@ -31,9 +31,7 @@ class IrrepsLinear(nn.Module):
                 weights[str(ir)] = nn.Parameter(torch.randn(*lead, mul_in, mul_out))
         self.weights = nn.ParameterDict(weights)
 
-    def forward(
-        self, x: Float[Tensor, "atoms dim_in"], element: Int[Tensor, " atoms"] | None = None
-    ) -> Float[Tensor, "atoms dim_out"]:
+    def forward(self, x: Float[Tensor, "atoms dim_in"], element: Int[Tensor, " atoms"] | None = None) -> Float[Tensor, "atoms dim_out"]:
         """Features in matfound's layout; `element` is the row of each atom's matrix, with `num_elements`."""
         inputs: dict[Irrep, list[Tensor]] = {}
         for ir, block in irreps_blocks(x, self.irreps_in):

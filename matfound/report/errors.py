@@ -153,7 +153,7 @@ class ErrorTable:
             raise InputError(f"label '{field}'{place} has {len(ref)} rows, expected {expected}")
         if field == "energy":
             ref, pred, base = ref / natoms, pred / natoms, None if base is None else base / natoms
-        mask: NDArray[np.bool_] = ~np.isnan(ref).any(axis=1)
+        mask = np.logical_not(np.isnan(ref).any(axis=1, keepdims=True))[:, 0]
         _require_finite(pred[mask], f"prediction of '{field}'{place}")
         if not mask.any():
             return

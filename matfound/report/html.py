@@ -51,7 +51,7 @@ class Report:
         self._parts.extend(f"<p>{_text(p)}</p>" for p in paragraphs)
         return self
 
-    def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "", digits: int = 4) -> "Report":
+    def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "", digits: int = 3) -> "Report":
         """A table; keys are the column names. Numbers get `digits` significant digits and align on the decimal point."""
         self._tables += 1
         label = _caption("Table", self._tables, caption)
@@ -146,7 +146,7 @@ _CSS = """\
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 17px/1.55 Charter, "Bitstream Charter", "Sitka Text", Cambria, "Noto Serif", "DejaVu Serif", serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
 h1, h2, h3, nav, table, figcaption, summary, footer, .subtitle
   { font-family: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, "Noto Sans", "DejaVu Sans", sans-serif; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0; letter-spacing: -.01em; }
@@ -165,9 +165,9 @@ figcaption b { color: var(--ink); font-weight: 600; }
 table { border-collapse: collapse; border-top: 2px solid var(--rule); border-bottom: 2px solid var(--rule); font-size: .82rem;
   line-height: 1.35; font-variant-numeric: tabular-nums lining-nums; }
 th { text-align: left; font-weight: 600; border-bottom: 1px solid var(--rule); vertical-align: bottom; }
-th, td { padding: .3rem .6rem .3rem 0; }
+th, td { padding: .3rem .5rem .3rem 0; }
 td { white-space: nowrap; }
-th + th, td + td { padding-left: .6rem; }
+th + th, td + td { padding-left: .5rem; }
 th:last-child, td:last-child { padding-right: .2rem; }
 .n { text-align: right; }
 tbody tr + tr td { border-top: 1px solid var(--line); }
@@ -190,6 +190,7 @@ footer { margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--lin
   .picture, tr, nav { break-inside: avoid; }
   .picture img { border: 0; padding: 0; filter: none; }
   .scroll { overflow: visible; }
+  table { font-size: 7.5pt; }
   details::details-content { content-visibility: visible; block-size: auto; }
   pre { white-space: pre-wrap; }
 }

@@ -27,6 +27,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 GREY = "#8a9199"
 #: More points than this in a panel become hexagons.
 MANY_POINTS = 5_000
+#: Larger structures are drawn flat and without bonds.
+MANY_ATOMS = 400
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9,
     "axes.linewidth": 0.8, "axes.edgecolor": "#3c4248", "axes.spines.top": False, "axes.spines.right": False,
@@ -313,6 +315,8 @@ def _draw(ax: Axes, positions: Floats, numbers: NDArray[np.int64], edges: Floats
         colour, order = jmol_colors[numbers[i]], float(depth[i])
         centre = positions[i, 0], positions[i, 1]
         ax.add_patch(Circle(centre, radii[i], facecolor=colour * 0.88, edgecolor=colour * 0.35, linewidth=0.7, zorder=order))
+        if len(positions) > MANY_ATOMS:
+            continue
         # Three brighter discs towards the light make a ball.
         for k, (size, offset) in enumerate(((0.78, 0.13), (0.5, 0.24), (0.24, 0.34))):
             light = colour + (1 - colour) * (0.18, 0.4, 0.75)[k]
@@ -327,17 +331,17 @@ _NONMETALS = frozenset((1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 32, 33, 34, 35, 51, 52
 
 
 def _bonds(positions: Floats, numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Pairs closer than 1.15 times the sum of their covalent radii, one a non-metal and none an alkali or alkaline earth metal.
+    """Pairs closer than 1.25 times the sum of their covalent radii, one a non-metal and none an alkali or alkaline earth metal.
 
     None in large structures, where sticks only confuse.
     """
     from ase.data import covalent_radii
 
-    if len(positions) > 400:
+    if len(positions) > MANY_ATOMS:
         return []
     radii = covalent_radii[numbers]
     distance = np.linalg.norm(positions[:, None] - positions[None], axis=2)
-    close = (distance < 1.15 * (radii[:, None] + radii[None])) & (distance > 0.1)
+    close = (distance < 1.25 * (radii[:, None] + radii[None])) & (distance > 0.1)
     pairs = [(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(close)), strict=True)]
     kinds = [(int(numbers[i]), int(numbers[j])) for i, j in pairs]
     return [pair for pair, kind in zip(pairs, kinds, strict=True) if _NONMETALS & set(kind) and not _IONIC & set(kind)]
@@ -346,7 +350,7 @@ def _bonds(positions: Floats, numbers: NDArray[np.int64]) -> list[tuple[int, int
 # -------------------------------------------------------------------------------------------------------------- relaxations
 
 
-def relaxation(trace: Sequence[Mapping[str, float]], fmax: float | None = None, natoms: int | None = None) -> Figure:
+def relaxation(trace: Sequence[Mapping[str, float | int]], fmax: float | None = None, natoms: int | None = None) -> Figure:
     """Energy above the last step, and the largest force with its threshold, against the step.
 
     Args:

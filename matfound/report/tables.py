@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -27,7 +29,7 @@ def format_value(value: Any, digits: int = 4) -> str:
     """A cell: floats to `digits` significant digits, integers with thousands separators, nothing as a dash."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return NOTHING
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, numbers.Integral):
         return f"{int(value):,}"
@@ -50,7 +52,7 @@ def _format_float(value: float, digits: int) -> str:
 
 def superscripts(unit: str) -> str:
     """A unit as it is printed: eV/Å³ for "eV/Å^3"."""
-    return re.sub(r"\^(-?\d)", lambda match: match[1].translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")), unit)
+    return re.sub(r"\^(-?\d+)", lambda match: match[1].translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")), unit)
 
 
 def columns(rows: Sequence[Mapping[str, Any]], digits: int = 4) -> list[Column]:
@@ -105,10 +107,13 @@ def terminal(rows: Sequence[Mapping[str, Any]], title: str = "", digits: int = 4
     from rich.table import Table
 
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", header_style="bold")
-    shown = columns(rows, digits)
-    for column in shown:
-        table.add_column(escape(column.name), justify="right" if column.numeric else "left", no_wrap=column.numeric)
-    padded = [pad_decimals(column.cells) if column.numeric else column.cells for column in shown]
+    padded = []
+    for column in columns(rows, digits):
+        # rich strips the blanks that align the decimal points, so numbers are set flush right here.
+        cells = pad_decimals(column.cells) if column.numeric else column.cells
+        width = max(len(cell) for cell in [column.name, *cells]) if column.numeric else 0
+        padded.append([cell.rjust(width) for cell in cells])
+        table.add_column(escape(column.name.rjust(width)), no_wrap=column.numeric)
     for i in range(len(rows)):
         table.add_row(*(escape(cells[i]) for cells in padded))
     return table

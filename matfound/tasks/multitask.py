@@ -49,7 +49,9 @@ class MultiTask(LightningModule):
         self.fit_scales = fit_scales
         for target in targets:
             if target.field not in potential.outputs:
-                raise InputError(f"no head of the model predicts the target '{target.field}'", remedy=nearest(target.field, potential.outputs))
+                raise InputError(
+                    f"no head of the model predicts the target '{target.field}'", remedy=nearest(target.field, potential.outputs)
+                )
         self.scales = Float64Buffers(**{t.field: torch.ones(len(potential.datasets)) for t in targets})
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict({t.field: TargetMetrics(t) for t in targets}) for stage in ("val", "test")})
 
@@ -96,7 +98,10 @@ class MultiTask(LightningModule):
         loss = self._step(batch, "train")
         if not torch.isfinite(loss):
             frames = ", ".join(batch["id"][:8]) if "id" in batch else f"batch {batch_idx}"
-            raise InputError(f"the loss became {float(loss)} at step {self.global_step} on frames {frames}", remedy="lower the learning rate, clip gradients, or check these labels")
+            raise InputError(
+                f"the loss became {float(loss)} at step {self.global_step} on frames {frames}",
+                remedy="lower the learning rate, clip gradients, or check these labels",
+            )
         return loss
 
     def validation_step(self, batch: AtomicData, batch_idx: int) -> None:

@@ -86,9 +86,7 @@ class RunReport(Callback):
         self._epoch_start = time.perf_counter()
         self._counts = [0, 0]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AtomicData, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AtomicData, batch_idx: int) -> None:
         self._counts[0] += batch.num_systems
         self._counts[1] += batch.num_nodes
 
@@ -143,7 +141,9 @@ class RunReport(Callback):
 
         parameters = sum(p.numel() for p in potential.parameters())
         epochs = len(self.history)
-        report = Report(self.title, f"{type(potential.backbone).__name__}, {parameters:,} parameters, {epochs} epochs, {self.seconds:.0f} s")
+        report = Report(
+            self.title, f"{type(potential.backbone).__name__}, {parameters:,} parameters, {epochs} epochs, {self.seconds:.0f} s"
+        )
         if self.history:
             report.heading("Learning curves").figure(curves(_columns(self.history)), "Losses and metrics by epoch.", alt="learning curves")
         for part, table in self.tables.items():
@@ -169,7 +169,9 @@ class RunReport(Callback):
         """Mean training speed, validation included."""
         if not self.history:
             return []
-        mean = {key: sum(row.get(key, 0.0) for row in self.history) / len(self.history) for key in ("structures_per_second", "atoms_per_second")}
+        mean = {
+            key: sum(row.get(key, 0.0) for row in self.history) / len(self.history) for key in ("structures_per_second", "atoms_per_second")
+        }
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
         return [
             {
@@ -213,5 +215,3 @@ def versions() -> Mapping[str, str]:
 def config_text(config: Any) -> str:
     """A configuration as YAML."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-
-

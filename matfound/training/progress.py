@@ -38,9 +38,7 @@ class RunProgress(ProgressBar):
         self._task = self._bar.add_task("training", total=1.0, losses="")
         self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         done = self._done(trainer, batch_idx)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=self._epoch(trainer), losses=self._losses(trainer))

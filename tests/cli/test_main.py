@@ -117,7 +117,12 @@ def test_exit_codes(fake, capsys):
 
 
 def test_a_closed_pipe_is_no_error():
-    code = "import sys; from matfound.cli import verbs, main\nverbs.run = lambda a: [print('x' * 100) for _ in range(10000)] and 0\nsys.exit(main.main(['env']))"
+    code = """if True:
+        import sys
+        from matfound.cli import main, verbs
+        verbs.run = lambda args: print("\\n".join("x" * 100 for _ in range(10000)))
+        sys.exit(main.main(["env"]))
+    """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 from importlib import import_module
+from pathlib import Path
 
 import ase
 import numpy as np
@@ -40,7 +41,9 @@ def leftovers(folder):
 
 def test_relax(here, copper, model, capsys):
     write("in.cif", copper)
-    assert main(["relax", "in.cif", "--model", str(model), "--cell", "--fmax", "0.02", "--optimizer", "lbfgs", "--trajectory", "t.traj"]) == 0
+    assert (
+        main(["relax", "in.cif", "--model", str(model), "--cell", "--fmax", "0.02", "--optimizer", "lbfgs", "--trajectory", "t.traj"]) == 0
+    )
     out, err = capsys.readouterr()
     result = read("in-relaxed.extxyz")
     assert np.linalg.norm(result.get_forces(), axis=1).max() < 0.02
@@ -138,6 +141,9 @@ def test_relax_does_not_overwrite_its_input(here, copper, model, capsys):
     assert "folder: is a folder" in capsys.readouterr().err
     assert main(["relax", "in.extxyz", "--model", str(model), "--out", "out.nonsense"]) == 1
     assert "out.nonsense: ASE writes no files called '*.nonsense'" in capsys.readouterr().err
+    write("two.extxyz", [copper, copper])
+    assert main(["relax", "two.extxyz", "--model", str(model), "--out", "out.vasp"]) == 1
+    assert "out.vasp: a file of type vasp holds one structure, there are 2" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ predict
@@ -168,7 +174,9 @@ def test_predict_then_evaluate(here, frames, model, capsys):
     """The labels of the input are still there, under the names that are read."""
     write("in.extxyz", frames[2:])
     main(["predict", "in.extxyz", "out.extxyz", "--model", str(model)])
-    assert main(["evaluate", "errors", "out.extxyz", "--model", str(model), "--key", "energy=REF_energy", "--key", "forces=REF_forces"]) == 0
+    assert (
+        main(["evaluate", "errors", "out.extxyz", "--model", str(model), "--key", "energy=REF_energy", "--key", "forces=REF_forces"]) == 0
+    )
     assert "0.01000" in capsys.readouterr().out
 
 
@@ -185,7 +193,7 @@ def test_predict_reads_anything(here, copper, model, name):
 
 def test_predict_ignores_labels_that_make_no_sense(here, copper, model):
     copper.info["gap"] = "wide"
-    copper.info["stress"] = np.array([1.0, 2.0])
+    copper.info["dipole_magnitude"] = [1.0, 2.0]
     write("in.extxyz", copper)
     assert main(["predict", "in.extxyz", "out.extxyz", "--model", str(model)]) == 0
     assert read("out.extxyz").info["REF_gap"] == "wide"
@@ -212,7 +220,9 @@ def test_predict_leaves_the_old_output_when_it_fails(here, frames, model, capsys
     frames[3].numbers[:] = 92
     write("in.extxyz", frames)
     assert main(["predict", "in.extxyz", "out.extxyz", "--model", str(model), "--batch-atoms", "3"]) == 1
-    assert capsys.readouterr().err.startswith("matfound: error: in.extxyz: frame 3: structure 'frame-3': the model has not seen the element U")
+    assert capsys.readouterr().err.startswith(
+        "matfound: error: in.extxyz: frame 3: structure 'frame-3': the model has not seen the element U"
+    )
     assert (here / "out.extxyz").read_text() == "precious"
     assert leftovers(here) == []
 
@@ -238,7 +248,10 @@ def test_full_disk(here, copper, model, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("ase.io.write", full)
-    for args, name in ((["predict", "in.extxyz", "out.extxyz"], "out.extxyz"), (["relax", "in.extxyz", "--fmax", "9"], "in-relaxed.extxyz")):
+    for args, name in (
+        (["predict", "in.extxyz", "out.extxyz"], "out.extxyz"),
+        (["relax", "in.extxyz", "--fmax", "9"], "in-relaxed.extxyz"),
+    ):
         assert main([*args, "--model", str(model)]) == 1
         assert capsys.readouterr().err.startswith(f"matfound: error: {name}: No space left on device: the disk is full")
         assert (here / name).read_text() == "precious"
@@ -253,7 +266,17 @@ def test_evaluate(here, frames, model, capsys):
     write("crystals.extxyz", frames[2:])
     assert main(["evaluate", "errors", "molecules.extxyz", "crystals.extxyz", "--model", str(model), "--out", "report"]) == 0
     out = capsys.readouterr().out
-    for text in ("Overall", "By dataset", "By config_type", "By element", "eV/atom", "0.01000", "0.03333", "cosine", "5 structures, 14 atoms"):
+    for text in (
+        "Overall",
+        "By dataset",
+        "By config_type",
+        "By element",
+        "eV/atom",
+        "0.01000",
+        "0.03333",
+        "cosine",
+        "5 structures, 14 atoms",
+    ):
         assert text in out
     content = json.loads((here / "report" / "errors.json").read_text())
     assert content["files"] == ["molecules.extxyz", "crystals.extxyz"]
@@ -279,6 +302,28 @@ def test_evaluate_keys_and_units(here, frames, model, capsys):
     assert "By system" in out
 
 
+def test_evaluate_files_of_one_name(here, frames, model, capsys):
+    for folder in ("a", "b"):
+        (here / folder).mkdir()
+        write(f"{folder}/test.extxyz", frames[2:])
+    assert main(["evaluate", "errors", "a/test.extxyz", "b/test.extxyz", "--model", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "a/test.extxyz" in out
+    assert "b/test.extxyz" in out
+
+
+def test_evaluate_a_dataset_of_the_catalog(here, morse, capsys, monkeypatch, tmp_path):
+    """Its sets are told apart."""
+    from matfound.models import checkpoint
+
+    monkeypatch.setattr(morse, "ELEMENTS", tuple(range(1, 119)))
+    wide = checkpoint.save(morse.potential(), tmp_path / "wide")
+    assert main(["evaluate", "errors", "minidft", "--model", str(wide)]) == 0
+    out = capsys.readouterr().out
+    for name in ("minidft-molecules", "minidft-crystals", "minidft-atoms"):
+        assert name in out
+
+
 def test_evaluate_missing_labels(here, frames, model, capsys):
     del frames[1].calc.results["energy"]
     write("in.extxyz", frames[:2])
@@ -295,7 +340,7 @@ def test_label_keys():
     for wrong in ("energy", "=x", "energy=", "energy=-"):
         with pytest.raises(InputError, match="expected FIELD=NAME"):
             label_keys([wrong], [])
-    with pytest.raises(InputError, match="unknown label 'enrgy' .did you mean 'energy'"):
+    with pytest.raises(InputError, match=r"unknown label 'enrgy' .did you mean 'energy'"):
         label_keys(["enrgy=E"], [])
     with pytest.raises(InputError, match="--unit pos=nm: unknown label 'pos'"):
         label_keys([], ["pos=nm"])
@@ -309,18 +354,18 @@ def spoil(kind, copper):
     if kind == "not there":
         return "nowhere.extxyz", "nowhere.extxyz"
     if kind == "empty":
-        open("bad.extxyz", "w").close()
+        Path("bad.extxyz").touch()
         return "bad.extxyz", "bad.extxyz: the file is empty"
     if kind == "empty cif":
-        open("bad.cif", "w").close()
+        Path("bad.cif").touch()
         return "bad.cif", "bad.cif: the file is empty"
     if kind == "truncated xz":
         write("bad.extxyz", [copper] * 50)
-        data = lzma.compress(open("bad.extxyz", "rb").read())
-        open("bad.extxyz.xz", "wb").write(data[: len(data) // 2])
+        data = lzma.compress(Path("bad.extxyz").read_bytes())
+        Path("bad.extxyz.xz").write_bytes(data[: len(data) // 2])
         return "bad.extxyz.xz", "bad.extxyz.xz: "
     if kind == "not structures":
-        open("bad.qqq", "w").write("hello")
+        Path("bad.qqq").write_text("hello")
         return "bad.qqq", "bad.qqq: "
     atoms = copper.copy()
     if kind == "nan position":
@@ -362,7 +407,11 @@ def test_bad_files(here, copper, model, verb, kind, capsys, morse):
 @pytest.mark.parametrize("verb", ["relax", "predict", "evaluate"])
 def test_bad_models(here, copper, model, verb, capsys):
     write("in.extxyz", copper)
-    args = {"relax": ["relax", "in.extxyz"], "predict": ["predict", "in.extxyz", "out.extxyz"], "evaluate": ["evaluate", "errors", "in.extxyz"]}
+    args = {
+        "relax": ["relax", "in.extxyz"],
+        "predict": ["predict", "in.extxyz", "out.extxyz"],
+        "evaluate": ["evaluate", "errors", "in.extxyz"],
+    }
     assert main([*args[verb], "--model", "nowhere"]) == 1
     assert "nowhere" in capsys.readouterr().err
     newer = here / "newer"

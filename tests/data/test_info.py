@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from matfound.cli.main import main
-from matfound.data.dataset import open_dataset
+from matfound.data.dataset import Dataset, open_dataset
 from matfound.data.files import FileDataset
 from matfound.data.info import describe, energy_outliers, structure_hash
 from matfound.data.info_text import render
@@ -286,3 +286,25 @@ def test_command_on_missing_labels(capsys, tmp_path, frames):
     assert captured.err.count("\n") == 1
     assert main(["data", "info", str(tmp_path / "x.extxyz"), "--allow-missing"]) == 0
     assert main(["data", "info", str(tmp_path / "nothing.xyz")]) == 1
+
+
+def test_a_reader_of_one_s_own(frames):
+    class Mine(Dataset):
+        name = "mine"
+
+        def __len__(self):
+            return len(frames)
+
+        def get(self, i):
+            return from_atoms(frames[i])
+
+        def keys(self, name):
+            return ["x"] * len(frames)
+
+        def place(self, i):
+            return "memory", i
+
+    found = describe(Mine())
+    assert row(found, "energy").frames == 12
+    assert Mine().natoms(1) == 8
+    assert "mine" in shown(found)

@@ -132,7 +132,7 @@ def test_missing_and_damaged_files(folder):
 
 
 def test_no_archives(tmp_path):
-    with pytest.raises(InputError, match="no archives: expected N.extxyz.xz with N.txt.xz"):
+    with pytest.raises(InputError, match=r"no archives: expected N\.extxyz\.xz with N\.txt\.xz"):
         OC20Archives(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match="no archives"):
@@ -155,5 +155,22 @@ def test_no_energy_to_subtract_from(tmp_path, frames):
 
 def test_two_kinds_in_one_folder(folder):
     (folder / "x.aselmdb").write_bytes(b"x")
-    with pytest.raises(InputError, match="has OC20 archives .* and .aselmdb files"):
+    with pytest.raises(InputError, match=r"has OC20 archives .* and \.aselmdb files"):
+        open_dataset(folder)
+
+
+def test_a_slice_of_each_archive(folder):
+    dataset = OC20Archives(folder, index="-1")
+    assert [dataset.get(i).id for i in range(len(dataset))] == ["2_20", "5_20", "8_20"]
+    assert dataset.place(1)[1] == 2
+    assert dataset.natoms(1) == 8
+
+
+def test_the_folder_inside_the_folder(folder):
+    inner = folder / "s2ef_train"
+    inner.mkdir()
+    for path in list(folder.iterdir()):
+        if path.is_file():
+            path.rename(inner / path.name)
+    with pytest.raises(InputError, match=rf"did you mean {inner}\?"):
         open_dataset(folder)

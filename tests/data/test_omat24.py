@@ -60,7 +60,7 @@ def test_shards_of_a_folder(folder, frames):
     assert dataset.place(8) == (str(folder / "data.0001.aselmdb"), 1)
     assert dataset.keys("sid") == [atoms.info["frame_id"] for atoms in frames]
     assert dataset.keys("kind") == [f"k{i % 2}" for i in range(7)] + [f"k{i % 2}" for i in range(5)]
-    assert dataset.get(8).id == "data.0001.aselmdb:1"
+    assert dataset.get(8).id == f"{folder.name}/data.0001.aselmdb:1"
 
 
 def test_nothing_is_written(folder):
@@ -173,7 +173,7 @@ def test_missing_rows_and_no_rows(folder, frames):
     with pytest.raises(InputError, match="frame 2: a row cannot be read: KeyError"):
         open_dataset(path).get(2)
     (folder / "sub").mkdir()
-    with pytest.raises(InputError, match="no .aselmdb files in this folder"):
+    with pytest.raises(InputError, match=r"no \.aselmdb files in this folder"):
         AseLmdbDataset(folder / "sub")
     write(folder / "sub/x.aselmdb", [])
     with lmdb.open(str(folder / "sub/x.aselmdb"), subdir=False) as env, env.begin(write=True) as txn:
@@ -205,12 +205,12 @@ def test_pickled(folder):
     assert energies(pickle.loads(pickle.dumps(dataset))) == expected
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers(folder, method):
+@pytest.mark.parametrize(("method", "workers", "epochs"), [("fork", 2, 2), ("spawn", 1, 1)])
+def test_workers(folder, method, workers, epochs):
     dataset = open_dataset(folder)
     expected = energies(dataset)
-    loader = DataLoader(_Energies(dataset), num_workers=2, multiprocessing_context=method)
-    for _ in range(2):
+    loader = DataLoader(_Energies(dataset), num_workers=workers, multiprocessing_context=method)
+    for _ in range(epochs):
         assert [value.item() for value in loader] == expected
     assert energies(dataset) == expected, "the parent reads on"
 
@@ -255,3 +255,10 @@ def _grandchild(dataset, folder, queue):
     del dataset
     gc.collect()
     queue.put(energies(open_dataset(folder)))
+
+
+def test_a_slice_of_each_file(folder, frames):
+    dataset = open_dataset(folder, index=":2")
+    assert energies(dataset) == [frames[i].calc.results["energy"] for i in (0, 1, 7, 8)]
+    assert dataset.place(3) == (str(folder / "data.0001.aselmdb"), 1)
+    assert dataset.natoms(3) == len(frames[8])

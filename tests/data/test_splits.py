@@ -96,7 +96,9 @@ def test_stratified_groups_do_not_influence_each_other_s_draw():
         assert few[part] == [i for i in more[part] if i < 20]
 
 
-@pytest.mark.parametrize(("size", "test", "val"), [(1, 1, 0), (2, 1, 0), (5, 1, 0), (8, 2, 0), (9, 2, 1), (12, 2, 1), (13, 3, 1), (16, 3, 1)])
+@pytest.mark.parametrize(
+    ("size", "test", "val"), [(1, 1, 0), (2, 1, 0), (5, 1, 0), (8, 2, 0), (9, 2, 1), (12, 2, 1), (13, 3, 1), (16, 3, 1)]
+)
 def test_held_out_sizes(size, test, val):
     split = splits.held_out_split(["x"] * size, 1)
     assert {part: len(frames) for part, frames in split.items()} == {"train": size - test - val, "val": val, "test": test}
@@ -132,7 +134,7 @@ def test_store_and_select(tmp_path):
 
 def test_select_refuses_what_does_not_fit():
     stored = {"toy": {"train": ["a", "b"]}}
-    with pytest.raises(InputError, match="no split for the dataset 'toys' .did you mean 'toy'"):
+    with pytest.raises(InputError, match=r"no split for the dataset 'toys' .did you mean 'toy'"):
         splits.select(stored, Ids("toys", ["a", "b"]))
     with pytest.raises(InputError, match="1 frames of the split are not in the dataset 'toy', the first is 'b'"):
         splits.select(stored, Ids("toy", ["a", "c"]))

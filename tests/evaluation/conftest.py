@@ -39,7 +39,7 @@ def frames(morse) -> list[ase.Atoms]:
     for i, atoms in enumerate(found):
         atoms.rattle(0.05, seed=i)
         energy, forces, stress = morse.oracle(atoms)
-        labels = {"energy": energy + 0.01 * len(atoms), "forces": forces + [0.1, 0, 0]}
+        labels = {"energy": energy + 0.01 * len(atoms), "forces": forces + np.array([0.1, 0, 0])}
         if atoms.pbc.any():
             labels["stress"] = np.array([*(np.diag(stress) + 0.001), stress[1, 2], stress[0, 2], stress[0, 1]])
         atoms.calc = SinglePointCalculator(atoms, **labels)

@@ -72,7 +72,7 @@ def test_by_another_key(morse, folder):
     result = run(morse, folder, "molecules", by="system")
     assert {row["system"] for row in result.by_kind()} == {"CH4", "OH2"}
     assert "By system" in dict(result.sections())
-    with pytest.raises(InputError, match="sytem.*did you mean 'system'"):
+    with pytest.raises(InputError, match=r"sytem.*did you mean 'system'"):
         run(morse, folder, "molecules", by="sytem")
 
 
@@ -105,6 +105,9 @@ def test_levels_of_theory(morse, folder):
     assert evaluate(two, [dataset], head="r2scan").table.mae("energy") > 0.05
     with pytest.raises(InputError, match="no default for periodic"):
         evaluate(two, [dataset])
+    dataset.name = "r2scan"  # a set that the model was trained on has a level of theory
+    assert evaluate(two, [dataset]).table.mae("energy") > 0.05
+    assert evaluate(two, [dataset], head="pbe").table.mae("energy") == pytest.approx(0.01)
 
 
 def test_nothing_to_compare(morse, frames, tmp_path):

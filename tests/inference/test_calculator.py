@@ -228,7 +228,7 @@ def test_heads(morse):
     with pytest.raises(InputError, match="did you mean 'r2scan'"):
         Calculator(two, head="r2scann")
     water.calc = Calculator(two)
-    with pytest.raises(InputError, match="no default for molecular structures.*head=: pbe, r2scan"):
+    with pytest.raises(InputError, match=r"no default for molecular structures.*head=: pbe, r2scan"):
         water.get_potential_energy()
     by_kind = Calculator(morse.potential(datasets=("pbe", "r2scan"), default_dataset={"periodic": "r2scan", "molecular": "pbe"}))
     water.calc = salt.calc = by_kind
@@ -256,7 +256,7 @@ def test_device(morse):
     with pytest.raises(InputError, match="'nonsense' cannot be used"):
         Calculator(morse.potential(), device="nonsense")
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="'cuda' cannot be used.*matfound env"):
+        with pytest.raises(InputError, match=r"'cuda' cannot be used.*matfound env"):
             Calculator(morse.potential(), device="cuda")
 
 
@@ -340,7 +340,7 @@ def test_bad_input_is_refused(calculator, kind, message):
 def test_an_output_that_is_not_finite_is_refused(morse):
     atoms = bulk("Cu")
     atoms.calc = Calculator(morse.potential(poison=29))
-    with pytest.raises(InputError, match="the model.s output .forces. is not finite"):
+    with pytest.raises(InputError, match=r"the model.s output .forces. is not finite"):
         atoms.get_forces()
 
 

@@ -139,7 +139,7 @@ def test_it_stops_when_it_runs_away(morse, crystal, tmp_path, monkeypatch):
 
 def test_what_cannot_be_relaxed(morse, crystal):
     model = morse.potential()
-    with pytest.raises((InputError, TypeError), match="did you mean 'FIRE'|Literal"):
+    with pytest.raises((InputError, TypeError), match=r"did you mean 'FIRE'|Literal"):
         relax(crystal, model, optimizer="FIRES")
     with pytest.raises(InputError, match="fmax must be positive"):
         relax(crystal, model, fmax=0.0)
@@ -147,7 +147,7 @@ def test_what_cannot_be_relaxed(morse, crystal):
         relax(crystal, model, max_steps=-1)
     with pytest.raises(InputError, match="no atoms to relax"):
         relax(ase.Atoms(), model)
-    with pytest.raises(InputError, match="all three of its vectors are periodic.*relax the atoms only"):
+    with pytest.raises(InputError, match=r"all three of its vectors are periodic.*relax the atoms only"):
         relax(molecule("H2O"), model, cell=True)
     with pytest.raises(InputError, match="needs stress, which the model does not predict"):
         relax(crystal, morse.potential(stress=False), cell=True)

@@ -15,7 +15,6 @@ from matfound.ops.tensor_product import TensorProductSpec, tensor_product, tenso
 from matfound.testing import assert_equivariant, check_op
 
 
-
 @pytest.fixture(autouse=True)
 def _float64() -> Iterator[None]:
     """e3nn stores its constants in the default type."""
@@ -24,9 +23,9 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-IRREPS = st.lists(
-    st.tuples(st.integers(1, 4), st.sampled_from(["0e", "0o", "1o", "1e", "2e", "2o", "3o"])), min_size=1, max_size=4
-).map(lambda blocks: "+".join(f"{mul}x{ir}" for mul, ir in blocks))
+IRREPS = st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["0e", "0o", "1o", "1e", "2e", "2o", "3o"])), min_size=1, max_size=4).map(
+    lambda blocks: "+".join(f"{mul}x{ir}" for mul, ir in blocks)
+)
 
 
 def inputs(spec: TensorProductSpec, edges: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

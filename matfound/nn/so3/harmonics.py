@@ -29,9 +29,7 @@ def _harmonics(v: Float[Tensor, "edges 3"], lmax: int) -> list[Tensor]:
     return ys
 
 
-def spherical_harmonics(
-    vectors: Float[Tensor, "edges 3"], lmax: int, *, normalize: bool = True
-) -> Float[Tensor, "edges {(lmax+1)**2}"]:
+def spherical_harmonics(vectors: Float[Tensor, "edges 3"], lmax: int, *, normalize: bool = True) -> Float[Tensor, "edges {(lmax+1)**2}"]:
     """Y_0 … Y_lmax of edge vectors, |Y_l|² = 2l + 1 on the unit sphere ("component" normalisation of e3nn).
 
     Args:

@@ -8,9 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def irreps_blocks(
-    x: Float[Tensor, "rows dim"], irreps: Irreps
-) -> Iterator[tuple[Irrep, Float[Tensor, "rows component channels"]]]:
+def irreps_blocks(x: Float[Tensor, "rows dim"], irreps: Irreps) -> Iterator[tuple[Irrep, Float[Tensor, "rows component channels"]]]:
     """The blocks of features in matfound's layout, as (rows, 2l+1, channels) views."""
     for (mul, ir), block in zip(irreps, x.split([block.dim for block in irreps], dim=1), strict=True):
         yield ir, block.unflatten(1, (ir.dim, mul))
