@@ -17,6 +17,7 @@ html_title = "matfound"
 # fields.md is a notebook: its table is made from the code when the pages are built.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_render_markdown_format = "myst"  # with tables
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 

@@ -1,7 +1,7 @@
 """The one error for bad input. The CLI prints it as a single line and exits with code 1."""
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(ValueError):

@@ -117,7 +117,7 @@ def check_outputs(potential: Potential, atoms: ase.Atoms) -> None:
 
 
 def _close(got: Tensor, expected: Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-9) -> None:
-    scale = float(torch.nan_to_num(expected).abs().max()) if expected.numel() else 0.0
+    scale = float(torch.nan_to_num(expected.detach()).abs().max()) if expected.numel() else 0.0
     error = float((torch.nan_to_num(got) - torch.nan_to_num(expected)).abs().max()) if expected.numel() else 0.0
     assert error <= atol + rtol * scale, f"{what}: off by {error:.3g} where the values reach {scale:.3g}"
 
@@ -146,14 +146,14 @@ def check_symmetry(potential: Potential, atoms: ase.Atoms, seed: int = 0) -> Non
         cases.append(("rotation", _turned(atoms, matrix), matrix))
     if potential.backbone.symmetry == "E3":
         cases.append(("reflection", _turned(atoms, -_rotation(seed + 1)), -_rotation(seed + 1)))
-    for what, changed, matrix in cases:
+    for what, changed, turn in cases:
         out = evaluate(potential, changed)
         for name in potential.outputs:
             expected = reference[name]
             if what == "permutation" and FIELDS[name].level == "atom":
                 expected = expected[order]
-            if matrix is not None:
-                expected = rotate(expected, name, matrix)
+            if turn is not None:
+                expected = rotate(expected, name, turn)
             _close(out[name], expected, f"{what} changes '{name}'")
 
 
@@ -202,7 +202,7 @@ def check_gradients(potential: Potential, atoms: ase.Atoms, step: float = 1e-3, 
 
             expected = torch.tensor(-_derivative(moved, step), dtype=torch.float64)
             tolerance = 1e-7 + 1e-6 * float(out["forces"].abs().max())
-            _close(out["forces"][i, axis], expected, f"force {'xyz'[axis]} of atom {i} is not -dE/dx", rtol=0, atol=tolerance)
+            _close(out["forces"][i, axis], expected, f"force {'xyz'[axis]} of atom {i} is not -dE/dx", rtol=0.0, atol=tolerance)
     if "stress" in out and atoms.pbc.any():
         for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
 
@@ -218,7 +218,7 @@ def check_gradients(potential: Potential, atoms: ase.Atoms, step: float = 1e-3, 
             volume = abs(np.linalg.det(atoms.cell.array))
             expected = torch.tensor(_derivative(strained, step) / volume, dtype=torch.float64)
             tolerance = 1e-7 + 1e-6 * float(out["stress"].abs().max())
-            _close(out["stress"][0, a, b], expected, f"stress {'xyz'[a]}{'xyz'[b]} is not dE/dstrain / V", rtol=0, atol=tolerance)
+            _close(out["stress"][0, a, b], expected, f"stress {'xyz'[a]}{'xyz'[b]} is not dE/dstrain / V", rtol=0.0, atol=tolerance)
 
 
 def check_supercell(potential: Potential, atoms: ase.Atoms) -> None:

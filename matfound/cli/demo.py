@@ -1,6 +1,7 @@
 """`matfound demo`: the main job on real data, offline: train, test, relax, report."""
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     import ase
     from rich.console import Console
 
-    from matfound.data.files import FileDataset
+    from matfound.data.datamodule import AtomicDataModule
     from matfound.inference.relax import Relaxation
     from matfound.report.errors import ErrorTable
     from matfound.report.html import Report
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 RECIPE = "recipes/minidft.yaml"
 MOLECULES, CRYSTALS = "minidft-molecules", "minidft-crystals"
 #: What is relaxed: a held-out rattled frame of each. The crystal has a series of volumes to compare with.
-MOLECULE, CRYSTAL = "methanol", "SrTiO3"
+MOLECULE, CRYSTAL = "formic_acid", "KMgF3"
 FMAX = 0.05
 
 
@@ -53,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     _print_errors(console, errors)
     console.print(f"[bold]3. Relax[/] {MOLECULE}, and {CRYSTAL} with its cell, from rattled held-out frames")
     report = run_report.report(cli.model.potential)
-    readers = cli.datamodule.readers
-    molecule = relax_molecule(readers[MOLECULES], out, report)
-    crystal = relax_crystal(readers[CRYSTALS], out, report)
+    data = cli.datamodule
+    molecule = relax_molecule(_frames(data, MOLECULES, MOLECULE), out, report)
+    crystal = relax_crystal(_frames(data, CRYSTALS, CRYSTAL), out, report)
     report.write(out / "report.html")
     _print_relaxations(console, molecule, crystal)
     seconds = time.perf_counter() - start
@@ -104,14 +105,39 @@ def _print_errors(console: "Console", errors: dict[str, dict[str, dict[str, Any]
     console.print("   baselines: energy, fitted element references; forces and stress, zero; others, the training mean")
 
 
-def relax_molecule(dataset: "FileDataset", out: Path, report: "Report") -> dict[str, Any]:
+@dataclasses.dataclass
+class Labelled:
+    """A frame of minidft: its kind, whether it was held out, its DFT energy (eV), its structure with DFT labels."""
+
+    kind: str
+    held_out: bool
+    energy: float
+    atoms: "ase.Atoms"
+
+
+def _frames(data: "AtomicDataModule", dataset: str, system: str) -> list[Labelled]:
+    """All frames of a system."""
+    reader, held_out = data.readers[dataset], set(data.splits()[dataset]["test"])
+    found = []
+    for i, name in enumerate(reader.keys("system")):
+        if name == system:
+            sample = reader.get(i)
+            found.append(Labelled(sample.config_type, i in held_out, float(sample.energy), sample.to_atoms()))
+    return found
+
+
+def _start(frames: list[Labelled]) -> "ase.Atoms":
+    """The held-out frame that is farthest from equilibrium, by its DFT energy."""
+    return max((frame for frame in frames if frame.held_out), key=lambda frame: frame.energy).atoms
+
+
+def relax_molecule(frames: list[Labelled], out: Path, report: "Report") -> dict[str, Any]:
     """Relax a rattled molecule and compare with its DFT geometry."""
     from ase.build import minimize_rotation_and_translation
     from numpy.linalg import norm
 
-    frames = _frames(dataset, MOLECULE)
-    target = next(atoms for kind, _, atoms in frames if kind == "molecule_relaxed")
-    result = _relax(_largest_rattle(frames, "molecule_rattled"), out, "molecule", cell=False)
+    target = next(frame.atoms for frame in frames if frame.kind == "molecule_relaxed")
+    result = _relax(_start(frames), out, "molecule", cell=False)
     relaxed = result.atoms.copy()
     minimize_rotation_and_translation(target, relaxed)
     rmsd = float(norm(relaxed.positions - target.positions) / len(target) ** 0.5)
@@ -141,19 +167,6 @@ def minimum_volume(volumes: list[float], energies: list[float]) -> float:
     from ase.eos import EquationOfState
 
     return float(EquationOfState(volumes, energies, eos="birchmurnaghan").fit()[0])
-
-
-def _frames(dataset: "FileDataset", system: str) -> list[tuple[str, float, "ase.Atoms"]]:
-    """Kind, DFT energy and structure (with its DFT labels) of a system's frames."""
-    names = dataset.keys("system")
-    samples = [dataset.get(i) for i in range(len(dataset)) if names[i] == system]
-    return [(sample.config_type, float(sample.energy), sample.to_atoms()) for sample in samples]
-
-
-def _largest_rattle(frames: list[tuple[str, float, "ase.Atoms"]], kind: str) -> "ase.Atoms":
-    """The frame of a kind that is farthest from equilibrium by its DFT energy, among moderate ones: the median."""
-    rattled = sorted((energy, n) for n, (k, energy, _) in enumerate(frames) if k == kind)
-    return frames[rattled[len(rattled) // 2][1]][2]
 
 
 def _relax(atoms: "ase.Atoms", out: Path, name: str, *, cell: bool) -> "Relaxation":

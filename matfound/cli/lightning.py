@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -139,7 +139,7 @@ def train(argv: Sequence[str]) -> CLI:
                 "inference_mode": False,
                 "enable_model_summary": False,
                 "callbacks": [RunProgress()],
-            },  # fmt: skip
+            },
             seed_everything_default=0,
         )
 

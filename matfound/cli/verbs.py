@@ -142,7 +142,8 @@ def _relax_row(frame: int, result: "Relaxation") -> dict[str, Any]:
     }
     if "volume" in after and result.before["volume"] != after["volume"]:
         row["volume"] = f"{100 * (after['volume'] / before['volume'] - 1):+.2f}%"
-    return row | {"moved (Å)": f"{after['max_displacement']:.3f}"}
+    row |= {"moved (Å)": f"{after['max_displacement']:.3f}"}
+    return row | ({"fixed atoms": result.num_fixed} if result.num_fixed else {})
 
 
 def _relax_summary(args: argparse.Namespace, rows: list[dict[str, Any]], done: "list[Relaxation]", out: Path) -> None:
@@ -151,12 +152,11 @@ def _relax_summary(args: argparse.Namespace, rows: list[dict[str, Any]], done: "
     if len(rows) == 1 and len(done) == 1:
         result = done[0]
         formula = result.atoms.get_chemical_formula()
-        console().print(terminal(result.table(), f"{formula}, {len(result.atoms)} atoms: {result.steps} {args.optimizer} steps"))
+        held = f", {result.num_fixed} of them held fixed" if result.num_fixed else ""
+        title = f"{formula}, {len(result.atoms)} atoms{held}: {result.steps} {args.optimizer} steps"
+        console().print(terminal(result.table(), title))
     elif rows:
         console().print(terminal(rows, f"{len(rows)} structures"))
-    for result in done[:1]:
-        if result.num_fixed:
-            print(f"{result.num_fixed} atoms are held fixed" + (", in fractional coordinates" if args.cell else ""))
     if done:
         print(f"written to {out}")
     lacking = [result for result in done if not result.converged]

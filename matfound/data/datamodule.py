@@ -155,7 +155,7 @@ class AtomicDataModule(LightningDataModule):
         Raises:
             InputError: the model's vocabulary lacks a dataset, or no dataset has such a part.
         """
-        potential = self.trainer.lightning_module.potential  # type: ignore[union-attr]
+        potential: Any = self.trainer.lightning_module.potential  # type: ignore[union-attr]
         indices = []
         for name in self.readers:
             if name not in potential.datasets:
@@ -207,9 +207,10 @@ class AtomicDataModule(LightningDataModule):
         """
         trainer = self.trainer
         assert trainer is not None
-        if trainer.reload_dataloaders_every_n_epochs != 1:
+        every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if every != 1:
             raise InputError(
-                f"the trainer reloads data every {trainer.reload_dataloaders_every_n_epochs} epochs; batches are made anew each epoch",
+                f"the trainer reloads data every {every} epochs; batches are made anew each epoch",
                 remedy="set Trainer(reload_dataloaders_every_n_epochs=1)",
             )
         epoch = trainer.current_epoch
@@ -233,7 +234,8 @@ class AtomicDataModule(LightningDataModule):
         """The epoch, and how many of its batches training has consumed (not: how many were prefetched)."""
         trainer = self.trainer
         assert trainer is not None
-        return {"epoch": trainer.current_epoch, "consumed": trainer.fit_loop.epoch_loop.batch_progress.current.processed}
+        consumed: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return {"epoch": trainer.current_epoch, "consumed": consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Where to go on."""

@@ -19,7 +19,7 @@ import ase
 import ase.db
 import ase.io
 from ase.db.row import AtomsRow
-from ase.io.formats import UnknownFileTypeError, filetype
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.io.trajectory import TrajectoryReader
 from ase.utils import string2index
 
@@ -34,6 +34,7 @@ READ_ERRORS = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, SyntaxError,
     ArithmeticError, UnknownFileTypeError, sqlite3.Error, struct.error, zlib.error, lzma.LZMAError,
 )  # fmt: skip
+_REMEDY = "give extended XYZ, .traj, .db, CIF, …"
 
 
 class MemorySource(Source):
@@ -244,11 +245,14 @@ def kind_of(file: str) -> str:
         raise InputError("an LMDB database is not a structure file", remedy=remedy, file=file)
     if is_extxyz(file):
         return "extxyz"
+    problem = "ASE does not know this kind of file"
     try:
-        return str(filetype(file))
+        kind = str(filetype(file))
     except READ_ERRORS as error:
-        problem = f"ASE does not know this kind of file: {reason(error)}"
-        raise InputError(problem, remedy="give extended XYZ, .traj, .db, CIF, …", file=file) from error
+        raise InputError(f"{problem}: {reason(error)}", remedy=_REMEDY, file=file) from error
+    if kind not in ioformats or not ioformats[kind].can_read:
+        raise InputError(f"{problem}: '{kind}'", remedy=_REMEDY, file=file)
+    return kind
 
 
 #: Formats whose frames are read on demand.

@@ -42,6 +42,8 @@ class Interaction(nn.Module):
         backend: of the tensor product, see `matfound.ops.backends`.
     """
 
+    denominator: Tensor
+
     def __init__(
         self,
         irreps_in: str,
@@ -107,6 +109,7 @@ class NequIP(Backbone):
     """
 
     channels: int
+    element_row: Tensor
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class NequIP(Backbone):
             cut = XPLORCutoff(cutoff, 0.9 * cutoff if envelope_onset is None else envelope_onset)
         self.continuity = cut.continuity
         self.basis = BesselBasis(cutoff, num_basis, cut, trainable=trainable_basis)
-        layers: list[nn.Module] = []
+        layers: list[Interaction] = []
         current = str(scalars)
         for n in range(num_layers):
             out = str(scalars) if n == num_layers - 1 else _reachable(current, irreps_sh, hidden)
@@ -164,6 +167,7 @@ class NequIP(Backbone):
     def fit_scales(self, statistics: Statistics) -> None:
         """Messages are divided by the root of the mean neighbour count, so that their sum has unit variance."""
         for layer in self.layers:
+            assert isinstance(layer, Interaction)
             layer.denominator.fill_(max(statistics.avg_neighbors.get(MAIN_GRAPH, 1.0), 1.0) ** 0.5)
 
     def forward(self, batch: AtomicData) -> NodeFeatures:

@@ -1,7 +1,8 @@
 """Heads: invariant features to physical quantities. They own scale, shift and references, per dataset, in float64."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,10 @@ from matfound.structures.atomic_data import AtomicData
 
 class Float64Buffers(nn.Module):
     """Named buffers that stay float64 when the model is cast: references are large numbers with small differences."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
 
     def __init__(self, **values: Float[Tensor, "..."]) -> None:
         super().__init__()
@@ -48,7 +53,7 @@ class Readout(nn.Module):
         super().__init__()
         sizes = [channels, *hidden]
         self.activation = activation
-        self.hidden = nn.ParameterList([torch.randn(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.hidden = nn.ParameterList([torch.randn(a, b) for a, b in pairwise(sizes)])
         self.last = nn.Parameter(torch.randn(datasets, sizes[-1], outputs))
 
     def forward(self, x: Float[Tensor, "atoms channels"], dataset: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms outputs"]:

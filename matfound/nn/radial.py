@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,7 @@ class RadialMLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int], *, normalize: bool = True) -> None:
         super().__init__()
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([torch.randn(n_in, n_out) for n_in, n_out in pairs])
         self.factor = SILU_FACTOR if normalize else 1.0
 

@@ -29,7 +29,7 @@ class TargetMetrics(MetricCollection):
         """Name to value; metrics that have seen nothing are left out."""
         found = {}
         for name, metric in self.items(keep_base=True):
-            if float(metric.weight) > 0:
+            if float(metric.weight) > 0:  # type: ignore[arg-type]
                 value = metric.compute()
                 found[name] = value.sqrt() if name == "rmse" else value
         return found

@@ -85,7 +85,7 @@ class MultiTask(LightningModule):
             loss = target.loss_of(comparison, self._row_scale(target, comparison, batch))
             total = total + target.weight * loss
             if stage != "train":
-                self.metrics[stage][target.field].add(comparison)  # type: ignore[index,operator]
+                self.metrics[stage][target.field].add(comparison)  # type: ignore[index]
         self.log(f"{stage}/loss", total.detach(), batch_size=batch.num_systems, on_step=False, on_epoch=True)
         return total
 
@@ -121,7 +121,7 @@ class MultiTask(LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        for field, metrics in self.metrics[stage].items():  # type: ignore[operator,union-attr]
+        for field, metrics in self.metrics[stage].items():  # type: ignore[operator]
             for name, value in metrics.results().items():
                 self.log(f"{stage}/{field}_{name}", value)
             metrics.reset()

@@ -188,7 +188,7 @@ class RunReport(Callback):
 def naive(potential: Potential, field: str, sample: AtomicData, dataset: int) -> Tensor | None:
     """What a model without a network would say: element references, zero, or the training mean."""
     for head in potential.heads.values():
-        if field not in head.outputs:
+        if field not in head.outputs:  # type: ignore[operator]
             continue
         if field == "energy":
             return head.table.reference[dataset, sample.numbers].sum().cpu().reshape(1)  # type: ignore[union-attr,index]

@@ -2,6 +2,7 @@
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -28,6 +29,6 @@ class WarmupCosine(LRScheduler):
         progress = min(1.0, (step - rise) / max(1, self.total_steps - rise))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the present step."""
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]

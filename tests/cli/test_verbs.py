@@ -81,10 +81,13 @@ def test_relax_several(here, copper, model, capsys):
     assert len(frames[0].constraints) == 1
     assert "3 structures" in out
     assert "H2O" in out
-    assert "2 atoms are held fixed" in out
+    assert "fixed atoms" in out
     assert sorted(path.name for path in here.glob("*.traj")) == ["t-0.traj", "t-1.traj", "t-2.traj"]
     assert main(["relax", "in.extxyz", "--model", str(model), "--index", "1", "--fmax", "0.5", "--out", "one.extxyz"]) == 0
     assert read("one.extxyz", ":")[0].get_chemical_formula() == "H2O"
+    capsys.readouterr()
+    assert main(["relax", "in.extxyz", "--model", str(model), "--index", "0", "--fmax", "0.5", "--cell"]) == 0
+    assert "Cu4, 4 atoms, 2 of them held fixed: " in capsys.readouterr().out
 
 
 def test_relax_that_does_not_converge(here, copper, model, capsys):

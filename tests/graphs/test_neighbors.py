@@ -402,7 +402,7 @@ SPECS = {"main": GraphSpec(4.0), "a2a": GraphSpec(5.0, max_neighbors=7), "small"
 
 def assert_same(data: AtomicData, reference: AtomicData) -> None:
     assert sorted(data.keys()) == sorted(reference.keys())
-    for name in reference.keys():  # noqa: SIM118
+    for name in reference.keys():
         assert torch.equal(data[name], reference[name]), name
 
 

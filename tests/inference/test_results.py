@@ -13,9 +13,9 @@ from matfound.inference.results import annotate, as_results
 @pytest.fixture
 def results():
     stress = torch.tensor([[[1.0, 6, 5], [6, 2, 4], [5, 4, 3]]])
-    return as_results({"energy": torch.tensor([-1.5]), "forces": torch.ones(3, 3), "stress": stress,
-                       "gap": torch.tensor([2.0]),
-                       "charges": torch.tensor([-0.4, 0.2, 0.2]), "dipole_magnitude": torch.tensor([0.3]), "energies": torch.zeros(3)})  # fmt: skip
+    system = {"energy": torch.tensor([-1.5]), "stress": stress, "gap": torch.tensor([2.0]), "dipole_magnitude": torch.tensor([0.3])}
+    atoms = {"forces": torch.ones(3, 3), "charges": torch.tensor([-0.4, 0.2, 0.2]), "energies": torch.zeros(3)}
+    return as_results(system | atoms)
 
 
 NAMES = ("energy", "forces", "stress", "gap", "charges", "dipole_magnitude")

@@ -98,7 +98,7 @@ class Plain(Backbone):
         self.channels = width
         self.embedding = torch.nn.Parameter(torch.randn(119, width))
 
-    def forward(self, batch):  # noqa: ANN001, ANN201
+    def forward(self, batch):
         return NodeFeatures(scalars=self.embedding[batch.numbers])
 
 

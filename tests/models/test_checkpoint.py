@@ -68,9 +68,7 @@ def test_saving_again_replaces(saved: tuple[Potential, Path]) -> None:
 
 
 @pytest.mark.parametrize("fails", ["mkdtemp", "fsync", "rename"])
-def test_a_full_disk_keeps_the_previous_checkpoint(
-    saved: tuple[Potential, Path], monkeypatch: pytest.MonkeyPatch, fails: str
-) -> None:
+def test_a_full_disk_keeps_the_previous_checkpoint(saved: tuple[Potential, Path], monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     potential, folder = saved
     before = energy(load(folder))
 

@@ -84,7 +84,7 @@ def test_list_to_batch_to_list_is_the_identity(plan):
     batch = collate(given_samples)
     for sample, back in zip(given_samples, batch.to_list(), strict=True):
         # Without atoms, a field of atoms that is there and one that is not look alike.
-        empty = set() if sample.num_nodes else {name for name in back.keys() if FIELDS[name.partition("@")[0]].level == "atom"}  # noqa: SIM118
+        empty = set() if sample.num_nodes else {name for name in back.keys() if FIELDS[name.partition("@")[0]].level == "atom"}
         assert_equal(back, sample, but=empty)
         check(back)
 

@@ -35,7 +35,7 @@ def energy(formula: str, extra: float = 0.0) -> torch.Tensor:
 def test_references_are_recovered(seed: int, size: float) -> None:
     rng = np.random.default_rng(seed)
     counts = np.zeros((12, 119))
-    counts[:, [1, 6, 8]] = rng.integers(0, 6, (12, 3))
+    counts[:, [1, 6, 8]] = rng.integers(1, 6, (12, 3))
     counts[:3, [1, 6, 8]] = np.eye(3)  # each element occurs by itself, so that all are determined
     truth = np.zeros(119)
     truth[[1, 6, 8]] = size * rng.normal(size=3)

@@ -30,7 +30,8 @@ def _couplings(spec: TensorProductSpec, block: int, dtype: torch.dtype, device: 
 
 class _Join(torch.autograd.Function):
     """`torch.cat` along dimension 1 whose backward is a split: the slices that cat's own backward takes are filled up with zeros to
-    the whole width, one by one, when they are differentiated again."""
+    the whole width, one by one, when they are differentiated again.
+    """
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""Energy conservation in NVE dynamics: drift, fluctuation against time step, and forces that are not dead.
+
+    python benchmarks/nve.py --model demo/model --out nve.json
+
+Velocity Verlet in float64. The drift is the slope of a linear fit to the total energy per atom; the fluctuation is the standard
+deviation about that line, and falls four times when the time step is halved if forces are the gradient of a smooth energy.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import torch
+from ase import units
+from ase.lattice.cubic import SimpleCubicFactory
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
+
+from matfound import Calculator
+
+
+class Perovskite(SimpleCubicFactory):
+    """ABX3, five atoms in a cubic cell."""
+
+    bravais_basis = ((0, 0, 0), (0.5, 0.5, 0.5), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5))
+    element_basis = (0, 1, 2, 2, 2)
+
+
+def default_structure() -> ase.Atoms:
+    """KMgF3, 2×2×2 cubic cells, 40 atoms."""
+    return Perovskite()(("K", "Mg", "F"), latticeconstant=4.03, size=(2, 2, 2))
+
+
+def run(atoms: ase.Atoms, time_step: float, picoseconds: float, every: int = 1) -> dict[str, np.ndarray]:
+    """Total energy (eV/atom), largest force (eV/Å) and temperature (K) along a trajectory that starts from `atoms`."""
+    atoms = atoms.copy()
+    atoms.calc = run.calculator  # type: ignore[attr-defined]
+    dynamics = VelocityVerlet(atoms, timestep=time_step * units.fs)
+    rows: list[tuple[float, float, float, float]] = []
+
+    def record() -> None:
+        forces = np.linalg.norm(atoms.get_forces(), axis=1).max()
+        rows.append((dynamics.get_time() / units.fs / 1000, atoms.get_total_energy() / len(atoms), forces, atoms.get_temperature()))
+
+    dynamics.attach(record, interval=every)
+    dynamics.run(round(1000 * picoseconds / time_step))
+    return dict(zip(("time", "energy", "fmax", "temperature"), np.array(rows).T, strict=True))
+
+
+def line(result: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Slope (eV/atom/ps) of the total energy, and standard deviation (eV/atom) about the line."""
+    slope, start = np.polyfit(result["time"], result["energy"], 1)
+    return float(slope), float(np.std(result["energy"] - (slope * result["time"] + start)))
+
+
+def main() -> int:
+    """Print the table and write the JSON; exit code 1 if a bound is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo/model", help="checkpoint (default: %(default)s)")
+    parser.add_argument("--structure", help="file with the start structure, at least 32 atoms (default: 40 atoms of KMgF3)")
+    parser.add_argument("--head", help="level of theory")
+    parser.add_argument("--temperature", type=float, default=300.0, help="K")
+    parser.add_argument("--time-step", type=float, default=0.5, help="fs")
+    parser.add_argument("--picoseconds", type=float, default=5.0, help="length of the drift run")
+    parser.add_argument("--halving", type=float, default=1.0, help="length (ps) of the two runs that compare time steps")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", help="JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not Path(args.model).exists():
+        print(f"there is no model at {args.model}: run `make demo` first, or name one with --model", file=sys.stderr)
+        return 2
+    atoms = ase.io.read(args.structure) if args.structure else default_structure()
+    assert isinstance(atoms, ase.Atoms)
+    run.calculator = atoms.calc = Calculator(args.model, dtype="float64", head=args.head)  # type: ignore[attr-defined]
+    start = time.perf_counter()
+    rng = np.random.default_rng(0)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=args.temperature, rng=rng)
+    Langevin(atoms, timestep=1.0 * units.fs, temperature_K=args.temperature, friction=0.02 / units.fs, rng=rng).run(400)
+    Stationary(atoms)
+    whole, half = (line(run(atoms, step, args.halving)) for step in (args.time_step, args.time_step / 2))
+    long = run(atoms, args.time_step, args.picoseconds, every=4)
+    drift, fluctuation = line(long)
+    result = {
+        "model": args.model,
+        "atoms": len(atoms),
+        "formula": atoms.get_chemical_formula(),
+        "time_step_fs": args.time_step,
+        "picoseconds": args.picoseconds,
+        "drift_eV_per_atom_per_ps": drift,
+        "fluctuation_eV_per_atom": fluctuation,
+        "fluctuation_ratio_when_halved": whole[1] / half[1],
+        "mean_fmax_eV_per_A": float(long["fmax"].mean()),
+        "mean_temperature_K": float(long["temperature"].mean()),
+        "seconds": time.perf_counter() - start,
+    }
+    bounds = {
+        "drift_eV_per_atom_per_ps": abs(drift) < 1e-6,
+        "fluctuation_ratio_when_halved": 3 <= result["fluctuation_ratio_when_halved"] <= 5,
+        "mean_fmax_eV_per_A": result["mean_fmax_eV_per_A"] > 0.1,
+    }
+    for name, value in result.items():
+        mark = "" if name not in bounds else "   ok" if bounds[name] else "   MISSED"
+        print(f"{name:32s} {value:.6g}{mark}" if isinstance(value, float) else f"{name:32s} {value}")
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(bounds.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
