@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.installed  ## train on the embedded data, relax with the result, 
 	$(BIN)/matfound demo --out demo
 
 test: $(VENV)/.installed  ## all tests, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check

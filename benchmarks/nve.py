@@ -19,7 +19,7 @@ import torch
 from ase import units
 from ase.lattice.cubic import SimpleCubicFactory
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from matfound import Calculator
@@ -81,7 +81,7 @@ def main() -> int:
     run.calculator = atoms.calc = Calculator(args.model, dtype="float64", head=args.head)  # type: ignore[attr-defined]
     start = time.perf_counter()
     rng = np.random.default_rng(0)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=args.temperature, rng=rng)
+    thermalize_momenta(atoms, temperature_K=args.temperature, rng=rng)
     Langevin(atoms, timestep=1.0 * units.fs, temperature_K=args.temperature, friction=0.02 / units.fs, rng=rng).run(400)
     Stationary(atoms)
     whole, half = (line(run(atoms, step, args.halving)) for step in (args.time_step, args.time_step / 2))

@@ -117,7 +117,8 @@ def check_outputs(potential: Potential, atoms: ase.Atoms) -> None:
 
 
 def _close(got: Tensor, expected: Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-9) -> None:
-    scale = float(torch.nan_to_num(expected.detach()).abs().max()) if expected.numel() else 0.0
+    got, expected = got.detach(), expected.detach()
+    scale = float(torch.nan_to_num(expected).abs().max()) if expected.numel() else 0.0
     error = float((torch.nan_to_num(got) - torch.nan_to_num(expected)).abs().max()) if expected.numel() else 0.0
     assert error <= atol + rtol * scale, f"{what}: off by {error:.3g} where the values reach {scale:.3g}"
 

@@ -23,6 +23,7 @@ DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 ONE_BATCH = [f"--trainer.{option}=1" for option in ("max_epochs", "limit_train_batches", "limit_val_batches", "check_val_every_n_epoch")]
+SMALL = [f"--model.potential.init_args.backbone.init_args.{option}" for option in ("num_layers=2", "irreps=8x0e+8x1o", "lmax=1")]
 #: What may stand at the start of a line of a bash block, beside `matfound`.
 OTHER_COMMANDS = ("make", "python3", ".venv/bin/pip")
 #: Fine, and written but not converged: the model is hardly trained.
@@ -36,7 +37,7 @@ def name(path: Path) -> str:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
-    assert main(["fit", "--config", "recipes/minidft.yaml", f"--trainer.default_root_dir={folder / 'demo'}", *ONE_BATCH]) == 0
+    assert main(["fit", "--config", "recipes/minidft.yaml", f"--trainer.default_root_dir={folder / 'demo'}", *SMALL, *ONE_BATCH]) == 0
     shutil.copytree(folder / "demo/model", folder / "runs/minidft/model")
     ase.io.write(folder / "in.cif", ase.build.bulk("MgO", "rocksalt", a=4.3))
     frames = []
@@ -68,7 +69,7 @@ def run_commands(text: str, targets: set[str]) -> None:
             assert words[0] in OTHER_COMMANDS, line
             continue
         if words[1] == "fit":
-            words += ONE_BATCH if any(Path(word).is_file() for word in words) else ["--print_config"]
+            words += [*SMALL, *ONE_BATCH] if any(Path(word).is_file() for word in words) else ["--print_config"]
         assert words[1] != "demo", "too long to be run here: show `make demo`"
         assert main(words[1:]) in EXIT_CODES, line
 

@@ -52,7 +52,7 @@ def test_conventions(recipe: Path) -> None:
         ("trainer:", "trainr:", "did you mean 'trainer'?"),
         ("batch_size: 8", "batchsize: 8", "did you mean 'batch_size'?"),
         ("num_layers: 3", "num_layer: 3", "did you mean 'num_layers'?"),
-        ("weight: 5.0", "wieght: 5.0", "did you mean 'weight'?"),
+        ("field: forces, loss:", "field: forces, los:", "did you mean 'loss'?"),
         ("matfound.nn.heads.NodeHead", "matfound.nn.heads.NodesHead", "did you mean 'NodeHead'?"),
         ("field: charges,", "field: charge_s,", "did you mean 'charges'?"),
     ],

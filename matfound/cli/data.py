@@ -8,6 +8,7 @@ from matfound.cli.options import add_reading, reading
 
 if TYPE_CHECKING:
     from matfound.data.dataset import SourceDataset
+    from matfound.data.info import Description
 
 _EXAMPLES = """\
 examples:
@@ -39,17 +40,28 @@ def run(args: argparse.Namespace) -> int:
     """Run a verb of `data`; the exit code.
 
     Raises:
-        InputError: the path cannot be read, or an option is not understood.
+        InputError: the path cannot be read, or an option is not understood; or, after the page, a label that only some frames of a file
+            have, unless `--allow-missing` says that it is meant.
     """
     from matfound.data.info import describe
 
-    descriptions = [describe(dataset) for dataset in _datasets(args.path, reading(args))]
+    datasets = _datasets(args.path, reading(args) | {"allow_missing": True})
+    descriptions = [describe(dataset) for dataset in datasets]
     if args.json:
         import json
 
         content = [description.to_dict() for description in descriptions]
         print(json.dumps(content[0] if len(content) == 1 else content, indent=1, ensure_ascii=False))
-        return 0
+    else:
+        _print(descriptions)
+    if not args.allow_missing:
+        # The page is out; a file that training would refuse is an error all the same.
+        for dataset in datasets:
+            dataset.check_labels()
+    return 0
+
+
+def _print(descriptions: "list[Description]") -> None:
     from matfound.cli.verbs import console
     from matfound.data.info_text import render
 
@@ -58,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
         for description in descriptions:
             terminal.print(render(description), "", sep="\n")
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-    return 0
 
 
 def _datasets(paths: list[str], options: dict[str, Any]) -> "list[SourceDataset]":

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     data = cli.datamodule
     molecule = relax_molecule(_frames(data, MOLECULES, MOLECULE), out, report)
     crystal = relax_crystal(_frames(data, CRYSTALS, CRYSTAL), out, report)
-    report.write(out / "report.html")
+    run_report.appendix(report).write(out / "report.html")
     _print_relaxations(console, molecule, crystal)
     seconds = time.perf_counter() - start
     summary = {

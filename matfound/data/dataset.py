@@ -169,7 +169,7 @@ class SourceDataset(Dataset):
         self.name, self.allow_missing, self.key_map = name, allow_missing, keys
         self.sources = list(sources)
         self._offsets = list(itertools.accumulate((source.size for source in self.sources), initial=0))
-        self._first_labels: dict[int, frozenset[str]] = {}
+        self._first: dict[int, Frame] = {}
         self._values: dict[str, list[str]] = {}
         if len(self) == 0:
             files = ", ".join(source.file for source in self.sources)
@@ -235,12 +235,21 @@ class SourceDataset(Dataset):
             raise InputError(f"the key '{name}' is missing", remedy="choose a key that every frame has", file=file, frame=index)
         return values
 
+    def check_labels(self) -> None:
+        """Read every frame and refuse a label that only some frames of one file have, whatever `allow_missing` says.
+
+        Raises:
+            InputError: names the file and the first frame that lacks the label.
+        """
+        for source in self.sources:
+            _check_consistent(source, [source.frame(i).data for i in range(source.size)])
+
     def _check_loaded(self) -> None:
         """Look for labels that only some frames have, and for mapped keys that none has, in files that are in memory."""
         loaded = [(source, frames) for source in self.sources if (frames := source.loaded()) is not None]
         for source, frames in loaded:
             if not self.allow_missing:
-                _check_consistent(source, [labels(frame.data) for frame in frames])
+                _check_consistent(source, [frame.data for frame in frames])
         if self.key_map and len(loaded) == len(self.sources):
             self._check_mapped([frame for _, frames in loaded for frame in frames])
 
@@ -260,20 +269,26 @@ class SourceDataset(Dataset):
     def _compare_with_first(self, number: int, local: int, frame: Frame) -> None:
         """Files that are read frame by frame: every frame must have the labels of the first."""
         source = self.sources[number]
-        if number not in self._first_labels:
-            first = frame if local == 0 else source.frame(0)
-            self._first_labels[number] = labels(first.data)
+        if number not in self._first:
+            self._first[number] = frame if local == 0 else source.frame(0)
             if self.key_map and number == 0:
-                self._check_mapped([first])
-        expected = self._first_labels[number]
-        if (found := labels(frame.data)) != expected:
-            lacking = local if expected - found else 0
-            raise _inconsistent(min(expected ^ found), source, lacking)
+                self._check_mapped([self._first[number]])
+        first = self._first[number].data
+        expected = labels(first) | labels(frame.data)
+        for data, index in ((frame.data, local), (first, 0)):
+            if lacking := missing_labels(data, expected):
+                raise _inconsistent(min(lacking), source, index)
 
 
 def labels(data: AtomicData) -> frozenset[str]:
     """Names of the labels that a structure has."""
     return frozenset(name for name in data.field_names() if (field := FIELDS.get(name)) is not None and field.label)
+
+
+def missing_labels(data: AtomicData, expected: frozenset[str]) -> frozenset[str]:
+    """The expected labels that a structure lacks and could have: without a lattice there is no stress."""
+    lacking = expected - labels(data)
+    return lacking if bool(data.pbc.any()) else lacking - {"stress"}
 
 
 def _value(frame: Frame, name: str) -> str | None:
@@ -286,11 +301,12 @@ def _value(frame: Frame, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def _check_consistent(source: Source, found: list[frozenset[str]]) -> None:
+def _check_consistent(source: Source, frames: list[AtomicData]) -> None:
+    found = [labels(data) for data in frames]
     some = frozenset[str]().union(*found)
-    for i, present in enumerate(found):
-        if present != some:
-            label = min(some - present)
+    for i, data in enumerate(frames):
+        if lacking := missing_labels(data, some):
+            label = min(lacking)
             raise _inconsistent(label, source, i, sum(label in other for other in found))
 
 

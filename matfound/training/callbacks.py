@@ -67,6 +67,7 @@ class RunReport(Callback):
         self.tables: dict[str, ErrorTable] = {}
         self._start = 0.0
         self._counts = [0, 0]
+        self._validated = False
 
     def state_dict(self) -> dict[str, Any]:
         """History so far."""
@@ -85,13 +86,19 @@ class RunReport(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_start = time.perf_counter()
         self._counts = [0, 0]
+        self._validated = False
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AtomicData, batch_idx: int) -> None:
         self._counts[0] += batch.num_systems
         self._counts[1] += batch.num_nodes
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        row = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        # Lightning keeps the last validation's metrics; they belong to the epochs that validated.
+        stale = () if self._validated else ("val/",)
+        row = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and not name.startswith(stale)}
         # Validation ran before this hook; its time is part of the epoch.
         seconds = time.perf_counter() - getattr(self, "_epoch_start", time.perf_counter())
         row |= {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
@@ -111,7 +118,7 @@ class RunReport(Callback):
         potential.eval()
         self.tables = {part: self.errors(trainer, potential, part) for part in ("val", "test") if self._has(trainer, part)}
         save(potential, folder / "model", self.card)
-        self.report(potential).write(folder / "report.html")
+        self.appendix(self.report(potential)).write(folder / "report.html")
 
     def _has(self, trainer: Trainer, part: str) -> bool:
         return any(split.get(part) for split in trainer.datamodule.splits().values())  # type: ignore[attr-defined]
@@ -136,7 +143,7 @@ class RunReport(Callback):
         return table
 
     def report(self, potential: Potential) -> Report:
-        """Curves, errors, throughput, configuration and versions of the run so far."""
+        """Curves and errors of the run so far; `appendix` closes it."""
         from matfound.report.plots import curves, parity
 
         parameters = sum(p.numel() for p in potential.parameters())
@@ -159,6 +166,10 @@ class RunReport(Callback):
                 report.table(table.rows(("dataset", "config_type")), "By dataset and kind of frame.")
             if table.groups("element"):
                 report.table(table.rows(("element",)), "By element.")
+        return report
+
+    def appendix(self, report: Report) -> Report:
+        """Throughput, configuration and versions."""
         report.heading("Throughput").table(self.throughput())
         if self.config:
             report.heading("Configuration").code(self.config, "config.yaml")
