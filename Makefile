@@ -29,8 +29,7 @@ format: $(VENV)/.installed  ## let ruff repair what it can
 docs: $(VENV)/.installed-docs  ## HTML pages in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.installed  ## every benchmark, one after the other
-	@test -n "$(wildcard benchmarks/*.py)" || echo "benchmarks/ is empty"
+bench: demo/model/config.json  ## every benchmark, one after the other, on the demo's model
 	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script" && $(BIN)/python $$script || exit 1; done
 
 mutants: $(VENV)/.installed  ## break the package on purpose and show that the tests notice
@@ -38,6 +37,9 @@ mutants: $(VENV)/.installed  ## break the package on purpose and show that the t
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) demo runs docs/_build docs/api/generated .coverage* .mypy_cache .pytest_cache .ruff_cache
+
+demo/model/config.json: | $(VENV)/.installed
+	$(BIN)/matfound demo --out demo
 
 # torch goes first: packages that only ask for "torch" would otherwise choose a release of their own.
 $(VENV)/.installed: pyproject.toml constraints.txt

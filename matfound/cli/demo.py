@@ -145,12 +145,11 @@ def relax_molecule(frames: list[Labelled], out: Path, report: "Report") -> dict[
     return _facts(MOLECULE, result) | {"rmsd_to_dft": rmsd}
 
 
-def relax_crystal(dataset: "FileDataset", out: Path, report: "Report") -> dict[str, Any]:
+def relax_crystal(frames: list[Labelled], out: Path, report: "Report") -> dict[str, Any]:
     """Relax a rattled crystal with its cell and compare the volume with the minimum of its DFT series."""
-    frames = _frames(dataset, CRYSTAL)
-    series = sorted((atoms.get_volume(), energy) for kind, energy, atoms in frames if kind in ("crystal_reference", "crystal_volume"))
+    series = sorted((f.atoms.get_volume(), f.energy) for f in frames if f.kind in ("crystal_reference", "crystal_volume"))
     best = minimum_volume([v for v, _ in series], [e for _, e in series])
-    result = _relax(_largest_rattle(frames, "crystal_rattled"), out, "crystal", cell=True)
+    result = _relax(_start(frames), out, "crystal", cell=True)
     volume = result.atoms.get_volume()
     text = f"Volume {volume:.2f} Å³; the DFT series has its minimum at {best:.2f} Å³ ({100 * (volume / best - 1):+.2f} %)."
     _section(report, out, "crystal", f"Relaxation of {CRYSTAL} with its cell", result, text)

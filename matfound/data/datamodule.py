@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from matfound import catalog
 from matfound.data.dataset import Dataset
-from matfound.data.samplers import BudgetBatchSampler
+from matfound.data.samplers import BudgetBatchSampler, check_budget
 from matfound.data.splits import Split, load_split, random_split, select, split_by_key, stratified_split
 from matfound.errors import InputError, nearest
 from matfound.graphs.neighbors import add_graphs
@@ -62,7 +63,11 @@ class Frames(TorchDataset[AtomicData]):
         frames: (reader, frame in it) of each sample.
         indices: entry of the model's vocabulary of each reader.
         graphs: what the model wants.
+        keep: finished samples stay in memory, up to `KEPT_BYTES`. They are shared: what is handed out must not be changed in place.
     """
+
+    #: Of tensors that are kept at most; further samples are made anew each time.
+    KEPT_BYTES = 2**30
 
     def __init__(
         self,
@@ -70,26 +75,90 @@ class Frames(TorchDataset[AtomicData]):
         frames: Sequence[tuple[int, int]],
         indices: Sequence[int],
         graphs: Mapping[str, GraphSpec],
+        keep: bool = False,
     ) -> None:
-        self.datasets, self.frames, self.indices, self.graphs = datasets, frames, indices, graphs
+        self.datasets, self.frames, self.indices, self.graphs, self.keep = datasets, frames, indices, graphs, keep
+        self._kept: dict[int, AtomicData] = {}
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, sample: int) -> AtomicData:
+    def place(self, sample: int) -> tuple[str, int]:
+        """File of a sample, and its frame in that file."""
         reader, frame = self.frames[sample]
-        dataset = self.datasets[reader]
-        # A reader may keep its frames; the graph must not stay with them.
-        data = copy.copy(dataset.get(frame))
+        return self.datasets[reader].place(frame)
+
+    def structure(self, sample: int) -> AtomicData:
+        """A sample without its graphs."""
+        if sample in self._kept:
+            return copy.copy(self._kept[sample])
+        reader, frame = self.frames[sample]
+        # A reader may keep its frames; what is added here must not stay with them.
+        data = copy.copy(self.datasets[reader].get(frame))
         data.dataset = torch.tensor([self.indices[reader]])
+        return data
+
+    def __getitem__(self, sample: int) -> AtomicData:
+        data = self.structure(sample)
+        if sample in self._kept:
+            return data
         try:
-            return add_graphs(data, self.graphs)
+            add_graphs(data, self.graphs)
         except InputError as error:
-            raise error.at(*dataset.place(frame)) from None
+            raise error.at(*self.place(sample)) from None
+        if self.keep and self._bytes < self.KEPT_BYTES:
+            self._kept[sample] = copy.copy(data)
+            self._bytes += sum(value.nbytes for _, value in data if isinstance(value, Tensor))
+        return data
+
+    def prepare(self) -> None:
+        """Make all samples that will be kept: before workers are forked, so that all of them have them."""
+        for sample in range(len(self)):
+            if not self.keep or self._bytes >= self.KEPT_BYTES:
+                break
+            if sample not in self._kept:
+                self[sample]
 
 
-class ResumableLoader(DataLoader[AtomicData]):
-    """Tells Lightning that resuming in mid-epoch is taken care of: the datamodule hands out a loader that skips what was consumed."""
+class _Caught(TorchDataset[AtomicData | InputError]):
+    """Hands an error over as a sample: raised in a worker, it would arrive as a traceback in place of one line."""
+
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, sample: int) -> AtomicData | InputError:
+        try:
+            return self.frames[sample]
+        except InputError as error:
+            return error
+
+
+def _join(samples: list[AtomicData | InputError]) -> AtomicData | InputError:
+    """`collate`, or the first error."""
+    try:
+        return collate([_raised(sample) for sample in samples])
+    except InputError as error:
+        return error
+
+
+def _raised(sample: AtomicData | InputError) -> AtomicData:
+    if isinstance(sample, InputError):
+        raise sample
+    return sample
+
+
+class ResumableLoader(DataLoader[AtomicData | InputError]):
+    """Batches of frames, with the errors of workers as they were raised.
+
+    Tells Lightning that resuming in mid-epoch is taken care of: the datamodule hands out a loader that skips what was consumed.
+    """
+
+    def __iter__(self) -> Iterator[AtomicData]:  # type: ignore[override]
+        return (_raised(batch) for batch in super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see `AtomicDataModule.state_dict`."""
@@ -113,6 +182,10 @@ class AtomicDataModule(LightningDataModule):
         num_workers: processes that read and build graphs; 0 does it in the training process.
         seed: of the order of the batches.
         statistics_frames: references and scales are fitted to at most so many training frames.
+        cache_frames: a part of at most so many frames stays in memory with its graphs, which are then built once; 0 keeps none.
+
+    Raises:
+        InputError: no datasets, no budget, or a number that makes no sense.
     """
 
     def __init__(
@@ -127,6 +200,7 @@ class AtomicDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         statistics_frames: int = 50_000,
+        cache_frames: int = 5_000,
     ) -> None:
         super().__init__()
         if not datasets:
@@ -137,11 +211,38 @@ class AtomicDataModule(LightningDataModule):
         self.split_config = split or SplitConfig()
         self.train_parts = tuple(train)
         self.budget = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
+        check_budget(**self.budget)
+        check_budget(batch_size=1 if eval_batch_size is None else eval_batch_size, statistics_frames=statistics_frames)
+        for key, value in (("num_workers", num_workers), ("seed", seed), ("cache_frames", cache_frames)):
+            if value < 0:
+                raise InputError(f"data.{key} must not be negative, received {value}")
         self.eval_batch_size = eval_batch_size
-        self.num_workers, self.seed, self.statistics_frames = num_workers, seed, statistics_frames
+        self.num_workers, self.seed, self.statistics_frames, self.cache_frames = num_workers, seed, statistics_frames, cache_frames
         self._splits: dict[str, Split] = {}
+        self._frames: dict[str, Frames] = {}
         self._sizes: dict[str, tuple[list[int], list[int] | None]] = {}
         self._resume: dict[str, int] = {}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail only later.
+
+        Raises:
+            InputError: several processes, nothing to validate or test on where that was asked for, or a validation frame that is
+                larger than a batch may be.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.world_size > 1:
+            raise InputError(
+                f"batches are made for one process, received {trainer.world_size}", remedy="set trainer.devices and trainer.num_nodes to 1"
+            )
+        part = "test" if stage == "test" else "val"
+        frames = self.frames(part)
+        if len(frames):
+            self._sampler(part, frames, shuffle=False)
+        elif stage != "fit":
+            known = {known for split in self.splits().values() for known, chosen in split.items() if chosen}
+            raise InputError(f"there are no frames in {part}", remedy=f"the split has {', '.join(sorted(known))}")
 
     def splits(self) -> dict[str, Split]:
         """The frames of each part of each dataset."""
@@ -150,10 +251,10 @@ class AtomicDataModule(LightningDataModule):
         return self._splits
 
     def frames(self, part: str) -> Frames:
-        """The samples of a part, with graphs for the model that the trainer trains.
+        """The samples of a part, with graphs for the model that the trainer trains; the same object every time.
 
         Raises:
-            InputError: the model's vocabulary lacks a dataset, or no dataset has such a part.
+            InputError: the model's vocabulary lacks a dataset, or there are no frames to train on.
         """
         potential: Any = self.trainer.lightning_module.potential  # type: ignore[union-attr]
         indices = []
@@ -164,21 +265,41 @@ class AtomicDataModule(LightningDataModule):
                     remedy=f"add it to model.potential.datasets, or rename it: {nearest(name, potential.datasets)}",
                 )
             indices.append(potential.dataset_index(name))
+        known = self._frames.get(part)
+        if known is None or (known.graphs, known.indices) != (potential.graphs, indices):
+            chosen = self._chosen(part)
+            keep = len(chosen) <= self.cache_frames
+            self._frames[part] = Frames(list(self.readers.values()), chosen, indices, dict(potential.graphs), keep)
+            self._sizes.pop(part, None)
+        return self._frames[part]
+
+    def _chosen(self, part: str) -> list[tuple[int, int]]:
+        """(reader, frame) of each sample of a part."""
         parts = self.train_parts if part == "train" else (part,)
-        chosen = []
-        for reader, split in enumerate(self.splits().values()):
-            for wanted in parts:
-                chosen += [(reader, frame) for frame in split.get(wanted, [])]
+        chosen = [
+            (reader, frame)
+            for reader, split in enumerate(self.splits().values())
+            for wanted in parts
+            for frame in split.get(wanted, [])
+        ]  # fmt: skip
         if not chosen and part == "train":
             known = {known for split in self.splits().values() for known in split}
-            raise InputError(f"no frames in {' + '.join(parts)}", remedy=nearest(parts[0], known))
-        return Frames(list(self.readers.values()), chosen, indices, potential.graphs)
+            raise InputError(f"there are no frames in {' + '.join(parts) or 'no part'}", remedy=nearest(parts[0] if parts else "", known))
+        return chosen
+
+    def _some(self, frames: Frames) -> range:
+        """All samples, or an even selection of `statistics_frames`."""
+        return range(0, len(frames), max(1, -(-len(frames) // self.statistics_frames)))
 
     def samples(self, part: str) -> Iterator[AtomicData]:
         """Training statistics are taken from these: all frames of a part, or an even selection of `statistics_frames`."""
         frames = self.frames(part)
-        step = max(1, -(-len(frames) // self.statistics_frames))
-        return (frames[i] for i in range(0, len(frames), step))
+        return (frames[i] for i in self._some(frames))
+
+    def structures(self, part: str) -> Iterator[tuple[AtomicData, str, int]]:
+        """The same selection without graphs, each with its file and its frame there."""
+        frames = self.frames(part)
+        return ((frames.structure(i), *frames.place(i)) for i in self._some(frames))
 
     def _sampler(self, part: str, frames: Frames, *, shuffle: bool, epoch: int = 0, skip: int = 0) -> BudgetBatchSampler:
         if part not in self._sizes:
@@ -188,15 +309,19 @@ class AtomicDataModule(LightningDataModule):
         budget = dict(self.budget)
         if part != "train" and self.eval_batch_size is not None:
             budget["batch_size"] = self.eval_batch_size
-        return BudgetBatchSampler(natoms, nedges, **budget, shuffle=shuffle, seed=self.seed, epoch=epoch, skip=skip)
+        return BudgetBatchSampler(
+            natoms, nedges, **budget, shuffle=shuffle, seed=self.seed, epoch=epoch, skip=skip, place=frames.place
+        )  # fmt: skip
 
     def batches_per_epoch(self) -> int:
         """Training batches in the first epoch."""
         return len(self._sampler("train", self.frames("train"), shuffle=True))
 
     def _loader(self, frames: Frames, sampler: BudgetBatchSampler) -> ResumableLoader:
+        if self.num_workers:
+            frames.prepare()
         return ResumableLoader(
-            frames, batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+            _Caught(frames), batch_sampler=sampler, collate_fn=_join, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
         )
 
     def train_dataloader(self) -> ResumableLoader:
@@ -211,7 +336,7 @@ class AtomicDataModule(LightningDataModule):
         if every != 1:
             raise InputError(
                 f"the trainer reloads data every {every} epochs; batches are made anew each epoch",
-                remedy="set Trainer(reload_dataloaders_every_n_epochs=1)",
+                remedy="set trainer.reload_dataloaders_every_n_epochs to 1",
             )
         epoch = trainer.current_epoch
         skip = self._resume.get("consumed", 0) if self._resume.get("epoch") == epoch else 0

@@ -1,6 +1,6 @@
 """Batches under a budget, reproducible from (seed, epoch), resumable in mid-epoch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -23,9 +23,10 @@ class BudgetBatchSampler(Sampler[list[int]]):
         seed: of the order.
         epoch: which epoch's batches these are.
         skip: leave out so many batches at the start: they have been consumed before an interruption.
+        place: file of a sample and its frame in that file, for errors.
 
     Raises:
-        InputError: no budget at all, or a sample that is larger than one.
+        InputError: no budget at all, one that is not positive, or a sample that is larger than one.
     """
 
     def __init__(
@@ -40,9 +41,9 @@ class BudgetBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         epoch: int = 0,
         skip: int = 0,
+        place: Callable[[int], tuple[str, int]] | None = None,
     ) -> None:
-        if batch_size is None and max_atoms is None and max_edges is None:
-            raise InputError("no batch budget is set", remedy="set batch_size, max_atoms or max_edges")
+        check_budget(batch_size=batch_size, max_atoms=max_atoms, max_edges=max_edges)
         self.batch_size = batch_size
         self._budgets = []
         for name, limit, sizes in (("max_atoms", max_atoms, natoms), ("max_edges", max_edges, nedges)):
@@ -50,9 +51,13 @@ class BudgetBatchSampler(Sampler[list[int]]):
                 continue
             counts = np.asarray(sizes, dtype=np.int64)
             if len(counts) and counts.max() > limit:
+                largest = int(counts.argmax())
+                file, frame = place(largest) if place else ("sample", largest)
                 raise InputError(
-                    f"sample {int(counts.argmax())} has {counts.max()} {name[4:]}, more than {name}={limit}",
+                    f"the structure has {counts.max()} {name[4:]}, more than a batch may have ({name}: {limit})",
                     remedy=f"raise {name} to at least {counts.max()}",
+                    file=file,
+                    frame=frame,
                 )
             self._budgets.append((limit, counts))
         order = np.random.default_rng([seed, epoch]).permutation(len(natoms)) if shuffle else np.arange(len(natoms))
@@ -78,3 +83,16 @@ class BudgetBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Batches of the whole epoch, skipped ones included: Lightning counts from the epoch's start."""
         return len(self.batches)
+
+
+def check_budget(**budget: int | None) -> None:
+    """Refuse a budget that makes no batches.
+
+    Raises:
+        InputError: nothing is limited, or a limit is not positive.
+    """
+    if all(limit is None for limit in budget.values()):
+        raise InputError("no batch budget is set", remedy="set batch_size, max_atoms or max_edges")
+    for name, limit in budget.items():
+        if limit is not None and limit < 1:
+            raise InputError(f"{name} must be at least 1, received {limit}")

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torchmetrics import MeanMetric, MetricCollection
+import torch
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from matfound.tasks.target import Comparison, Target
 
@@ -11,7 +12,9 @@ class TargetMetrics(MetricCollection):
     """The metrics of one target over the rows that have a label; RMSE is the root of the mean over the whole set."""
 
     def __init__(self, target: Target) -> None:
-        super().__init__({name: MeanMetric() for name in target.metrics or ()}, compute_groups=False)
+        # Sums are float64: float32 loses digits over large sets. A NaN stays one.
+        metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for name in target.metrics or ()}
+        super().__init__(metrics, compute_groups=False)
         self.target = target
 
     def add(self, comparison: Comparison) -> None:

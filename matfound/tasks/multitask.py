@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from matfound.errors import InputError, nearest
 from matfound.models.base import Potential, Statistics
@@ -29,9 +30,12 @@ class MultiTask(LightningModule):
         potential: the model.
         targets: what to learn; each needs a head.
         optimizer: makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
-        lr_scheduler: makes the schedule from the optimizer, stepped after every batch; one with an attribute `total_steps` is told
-            how many there will be.
+        lr_scheduler: makes the schedule from the optimizer, stepped after every optimizer step; one with a method `set_total_steps`
+            is told how many there will be. `ReduceLROnPlateau` is stepped after every validation, by `val/loss`.
         fit_scales: fit references, scales and neighbour counts to the training data first; off for fine-tuning.
+
+    Raises:
+        InputError: no targets, two for one field, or one that no head predicts.
     """
 
     def __init__(
@@ -47,20 +51,50 @@ class MultiTask(LightningModule):
         self.targets = targets
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.fit_scales = fit_scales
-        for target in targets:
+        if not targets:
+            raise InputError("there are no targets", remedy="name what to learn, e.g. model.targets: [{field: energy}, {field: forces}]")
+        for i, target in enumerate(targets):
             if target.field not in potential.outputs:
                 raise InputError(
                     f"no head of the model predicts the target '{target.field}'", remedy=nearest(target.field, potential.outputs)
                 )
+            if target.field in (other.field for other in targets[:i]):
+                raise InputError(f"two targets have the field '{target.field}'", remedy="keep one of them")
         self.scales = Float64Buffers(**{t.field: torch.ones(len(potential.datasets)) for t in targets})
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict({t.field: TargetMetrics(t) for t in targets}) for stage in ("val", "test")})
 
     def setup(self, stage: str) -> None:
-        """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint."""
-        if stage == "fit" and self.fit_scales:
-            statistics = collect(self.trainer.datamodule.samples("train"), self.potential.datasets)  # type: ignore[attr-defined]
+        """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint.
+
+        Raises:
+            InputError: a structure of the data has an element that the model will not have seen; names file, frame and element.
+        """
+        if stage != "fit":
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.fit_scales:
+            statistics = collect(data.samples("train"), self.potential.datasets)
             self.potential.fit_scales(statistics)
             self._fit_loss_scales(statistics)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):  # it has copied the model as it was before
+                    callback.setup(self.trainer, self, stage)
+        for part in ("val", "test") if self.fit_scales else ("train", "val", "test"):
+            for sample, file, frame in data.structures(part):
+                self._check_elements(sample, int(sample.dataset), part, file, frame)
+
+    def _check_elements(self, sample: AtomicData, dataset: int, part: str, file: object = None, frame: int | None = None) -> None:
+        unseen = sorted(set(sample.numbers.tolist()) - self.potential.elements(dataset))
+        if unseen:
+            from ase.data import chemical_symbols
+
+            what = ", ".join(chemical_symbols[number] for number in unseen)
+            raise InputError(
+                f"this structure of the {part} set has {what}, which no training structure of '{self.potential.datasets[dataset]}' has",
+                remedy="train on some such structures (data.split: {stratify: formula} helps), or leave this one out",
+                file=file,
+                frame=frame,
+            )
 
     def _fit_loss_scales(self, statistics: Statistics) -> None:
         for target in self.targets:
@@ -77,7 +111,7 @@ class MultiTask(LightningModule):
 
     def _step(self, batch: AtomicData, stage: str) -> Tensor:
         predictions = self.potential(batch)
-        total = torch.zeros((), dtype=torch.float64, device=batch.pos.device)
+        total = torch.zeros((), dtype=torch.float64, device=batch.numbers.device)
         for target in self.targets:
             comparison = target.compare(predictions, batch)
             if comparison is None:
@@ -86,23 +120,42 @@ class MultiTask(LightningModule):
             total = total + target.weight * loss
             if stage != "train":
                 self.metrics[stage][target.field].add(comparison)  # type: ignore[index]
+        if not torch.isfinite(total):
+            raise self._not_finite(total, predictions, batch, stage)
+        if stage == "train" and not total.requires_grad:
+            # No structure of the batch has any label: the loss is 0, and so are its gradients.
+            total = total + sum(predictions[target.field][:0].sum() for target in self.targets)
         self.log(f"{stage}/loss", total.detach(), batch_size=batch.num_systems, on_step=False, on_epoch=True)
         return total
+
+    def _not_finite(self, loss: Tensor, predictions: dict[str, Tensor], batch: AtomicData, stage: str) -> InputError:
+        """The error that names the structures whose predictions are not finite, or else all of the batch."""
+        names = batch["id"] if "id" in batch else [f"structure {i} of the batch" for i in range(batch.num_systems)]
+        bad: set[int] = set()
+        for target in self.targets:
+            comparison = target.compare(predictions, batch)
+            if comparison is not None:
+                rows = comparison.prediction.unsqueeze(-1).flatten(1)
+                bad |= set(comparison.system[~torch.isfinite(rows).all(1)].tolist())
+        for system in sorted(bad):
+            try:
+                self._check_elements(batch.to_list()[system], int(batch.dataset[system]), stage)
+            except InputError as error:
+                return InputError(f"frame {names[system]}: {error.problem}", remedy=error.remedy)
+        shown = [names[i] for i in sorted(bad or range(batch.num_systems))]
+        frames = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+        return InputError(
+            f"the {stage} loss became {float(loss)} at step {self.global_step} on the frames {frames}",
+            remedy="lower the learning rate, clip gradients, or check these labels",
+        )
 
     def training_step(self, batch: AtomicData, batch_idx: int) -> Tensor:
         """Sum of the weighted losses.
 
         Raises:
-            InputError: the loss is not finite; names the frames of the batch.
+            InputError: the loss is not finite; names the frames.
         """
-        loss = self._step(batch, "train")
-        if not torch.isfinite(loss):
-            frames = ", ".join(batch["id"][:8]) if "id" in batch else f"batch {batch_idx}"
-            raise InputError(
-                f"the loss became {float(loss)} at step {self.global_step} on frames {frames}",
-                remedy="lower the learning rate, clip gradients, or check these labels",
-            )
-        return loss
+        return self._step(batch, "train")
 
     def validation_step(self, batch: AtomicData, batch_idx: int) -> None:
         """Loss and metrics."""
@@ -127,20 +180,40 @@ class MultiTask(LightningModule):
             metrics.reset()
 
     def configure_optimizers(self) -> Any:
-        """Optimizer, and its schedule by step."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.make_scheduler is None:
+        """Optimizer, and its schedule by step.
+
+        Raises:
+            InputError: they refuse their arguments, or the schedule depends on a length that the run does not have.
+        """
+        try:
+            optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+            scheduler = None if self.make_scheduler is None else self.make_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the optimizer or its schedule cannot be made: {error}", remedy="check model.optimizer") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
-        if hasattr(scheduler, "total_steps"):
-            scheduler.total_steps = self.total_steps()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            every = self.trainer.check_val_every_n_epoch or 1
+            plateau = {"scheduler": scheduler, "interval": "epoch", "frequency": every, "monitor": "val/loss"}
+            return {"optimizer": optimizer, "lr_scheduler": plateau}
+        if hasattr(scheduler, "set_total_steps"):
+            scheduler.set_total_steps(self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; from the first epoch's batches, so that a resumed run gets the same number."""
+        """Optimizer steps of the whole run; from the first epoch's batches, so that a resumed run gets the same number.
+
+        Raises:
+            InputError: the run has no end in steps or epochs.
+        """
         trainer = self.trainer
+        limit = trainer.max_steps if trainer.max_steps > 0 else None
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            if limit is None:
+                raise InputError("the schedule needs to know how long the run is", remedy="set trainer.max_epochs or trainer.max_steps")
+            return limit
         batches = trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
-        if isinstance(trainer.limit_train_batches, int):
-            batches = min(batches, trainer.limit_train_batches)
-        steps = -(-batches // trainer.accumulate_grad_batches) * max(trainer.max_epochs or 1, 1)
-        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+        share = trainer.limit_train_batches
+        batches = min(batches, share) if isinstance(share, int) else int(batches * share)
+        steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+        return max(1, steps if limit is None else min(steps, limit))

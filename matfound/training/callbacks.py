@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints to resume from, the finished model, and its report."""
+"""What a run leaves: the finished model and its report."""
 
 import platform
 import time
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import matfound
+from matfound.errors import InputError
 from matfound.fields import FIELDS
-from matfound.inference.predict import predict
+from matfound.inference.predict import clean, evaluate, split
 from matfound.models.base import Potential
 from matfound.models.checkpoint import save
 from matfound.report.errors import CONVENTIONS, ErrorTable
@@ -23,35 +22,11 @@ from matfound.report.html import Report
 from matfound.structures.atomic_data import AtomicData
 
 
-class ResumePoint(ModelCheckpoint):
-    """Writes `last.ckpt` every few steps and at the end, so that `--ckpt_path last` goes on from there.
-
-    Args:
-        dirpath: folder; default: `checkpoints` in the run's folder.
-        every_n_train_steps: how often.
-    """
-
-    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 200) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            save_last=False,
-            save_top_k=1,
-            every_n_train_steps=every_n_train_steps,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
-
-
 class RunReport(Callback):
-    """At the end of training: the model as a checkpoint folder, its errors on every part, and `report.html`.
+    """At the end of training: the model as a checkpoint folder, its errors on every held-out part, and `report.html`.
 
-    Keeps a row for each epoch (losses, metrics, learning rate, throughput), which survives a resumed run.
+    Keeps a row for each epoch (losses, metrics, learning rate, throughput). Rows survive a resumed run, which has the same as one that
+    was not interrupted.
 
     Args:
         folder: where to; default: the run's folder.
@@ -63,83 +38,104 @@ class RunReport(Callback):
         self.folder, self.title, self.card = folder, title, dict(card or {})
         self.history: list[dict[str, float]] = []
         self.config = ""
-        self.seconds = 0.0
         self.tables: dict[str, ErrorTable] = {}
-        self._start = 0.0
-        self._counts = [0, 0]
-        self._validated = False
+        self.failures: dict[str, InputError] = {}
+        #: Of the whole run, and of the present epoch.
+        self.seconds = 0.0
+        self._epoch = {"seconds": 0.0, "structures": 0.0, "atoms": 0.0, "loss": 0.0, "validated": 0.0}
+        self._last: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """History so far."""
-        return {"history": self.history, "seconds": self._elapsed()}
+        self._clock()
+        return {"history": self.history, "seconds": self.seconds, "epoch": self._epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """History so far."""
-        self.history, self.seconds = list(state["history"]), float(state["seconds"])
+        self.history, self.seconds, self._epoch = list(state["history"]), float(state["seconds"]), dict(state["epoch"])
 
-    def _elapsed(self) -> float:
-        return self.seconds + (time.perf_counter() - self._start if self._start else 0.0)
+    def _clock(self) -> None:
+        """Add the time since the last call, within training."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds += now - self._last
+            self._epoch["seconds"] += now - self._last
+            self._last = now
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = time.perf_counter()
+        self._last = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch_start = time.perf_counter()
-        self._counts = [0, 0]
-        self._validated = False
+        self._clock()
+        self._epoch = dict.fromkeys(self._epoch, 0.0)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = True
+        self._epoch["validated"] = 1.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AtomicData, batch_idx: int) -> None:
-        self._counts[0] += batch.num_systems
-        self._counts[1] += batch.num_nodes
+        self._epoch["structures"] += batch.num_systems
+        self._epoch["atoms"] += batch.num_nodes
+        # Lightning divides a loss by the number of batches that are accumulated.
+        self._epoch["loss"] += batch.num_systems * float(outputs["loss"]) * trainer.accumulate_grad_batches
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock()
         # Lightning keeps the last validation's metrics; they belong to the epochs that validated.
-        stale = () if self._validated else ("val/",)
+        stale = () if self._epoch["validated"] else ("val/",)
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and not name.startswith(stale)}
-        # Validation ran before this hook; its time is part of the epoch.
-        seconds = time.perf_counter() - getattr(self, "_epoch_start", time.perf_counter())
         row |= {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
         row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
-        if seconds > 0:
-            row |= {"structures_per_second": self._counts[0] / seconds, "atoms_per_second": self._counts[1] / seconds}
-        self.history.append(row)
+        # Lightning's mean would only cover the batches since the last resumption. Validation is part of the epoch's time.
+        row["train/loss"] = self._epoch["loss"] / max(self._epoch["structures"], 1.0)
+        row["structures_per_second"] = self._epoch["structures"] / max(self._epoch["seconds"], 1e-9)
+        row["atoms_per_second"] = self._epoch["atoms"] / max(self._epoch["seconds"], 1e-9)
+        # A run resumed from the very end of an epoch ends it once more.
+        self.history = [other for other in self.history if other["epoch"] < row["epoch"]] + [row]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock()
+        self._last = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After averaged weights, if any, have been put in place."""
+        """After averaged weights, if any, have been put in place.
+
+        Raises:
+            InputError: the model or the report cannot be written, or a prediction is not finite; the model is saved first.
+        """
         if not trainer.is_global_zero or trainer.interrupted:
             return
-        self.seconds, self._start = self._elapsed(), 0.0
         folder = Path(self.folder or trainer.default_root_dir)
         potential = pl_module.potential
         assert isinstance(potential, Potential)
         potential.eval()
-        self.tables = {part: self.errors(trainer, potential, part) for part in ("val", "test") if self._has(trainer, part)}
         save(potential, folder / "model", self.card)
+        self.tables, self.failures = {}, {}
+        for part in ("val", "test"):
+            if part in trainer.datamodule.train_parts:  # type: ignore[attr-defined]
+                continue
+            try:
+                self.tables[part] = self.errors(trainer, potential, part)
+            except InputError as error:
+                self.failures[part] = error
         self.appendix(self.report(potential)).write(folder / "report.html")
-
-    def _has(self, trainer: Trainer, part: str) -> bool:
-        return any(split.get(part) for split in trainer.datamodule.splits().values())  # type: ignore[attr-defined]
+        for failure in self.failures.values():
+            raise failure
 
     def errors(self, trainer: Trainer, potential: Potential, part: str) -> ErrorTable:
-        """Errors on a part of the split, beside what element references (energy) or zero or the mean (others) would give."""
+        """Errors on a part of the split ("val", "test"), beside what `naive` would give.
+
+        Raises:
+            InputError: a prediction is not finite; names the structure.
+        """
         table = ErrorTable()
-        frames = trainer.datamodule.frames(part)  # type: ignore[attr-defined]
-        for name in potential.datasets:
-            index = potential.dataset_index(name)
-            chosen = [i for i, (reader, _) in enumerate(frames.frames) if frames.indices[reader] == index]
-            samples = (frames[i] for i in chosen)
-            for sample, predictions in predict(potential, samples, dataset=name, device=next(potential.parameters()).device):
-                for field, prediction in predictions.items():
-                    if field in sample and FIELDS[field].label:
-                        baseline = naive(potential, field, sample, index)
-                        table.add(
-                            field, sample[field], prediction, natoms=sample.num_nodes, dataset=name,
-                            config_type=sample.config_type if "config_type" in sample else "", numbers=sample.numbers,
-                            baseline=baseline, name=sample.id if "id" in sample else "",
-                        )  # fmt: skip
+        device = next(potential.parameters()).device
+        # Lightning has moved the model to the CPU by now.
+        potential.to(trainer.strategy.root_device)
+        for batch in getattr(trainer.datamodule, f"{part}_dataloader")():  # type: ignore[attr-defined]
+            predictions = evaluate(potential, batch.to(trainer.strategy.root_device))
+            for sample, predicted in zip(batch.cpu().to_list(), split(predictions, batch.cpu()), strict=True):
+                _add_errors(table, potential, sample, predicted)
+        potential.to(device)
         return table
 
     def report(self, potential: Potential) -> Report:
@@ -166,6 +162,8 @@ class RunReport(Callback):
                 report.table(table.rows(("dataset", "config_type")), "By dataset and kind of frame.")
             if table.groups("element"):
                 report.table(table.rows(("element",)), "By element.")
+        for part, failure in self.failures.items():
+            report.heading(f"Errors, {part} set").text(f"They could not be computed: {failure}")
         return report
 
     def appendix(self, report: Report) -> Report:
@@ -180,9 +178,7 @@ class RunReport(Callback):
         """Mean training speed, validation included."""
         if not self.history:
             return []
-        mean = {
-            key: sum(row.get(key, 0.0) for row in self.history) / len(self.history) for key in ("structures_per_second", "atoms_per_second")
-        }
+        mean = {key: sum(row[key] for row in self.history) / len(self.history) for key in ("structures_per_second", "atoms_per_second")}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
         return [
             {
@@ -196,15 +192,33 @@ class RunReport(Callback):
         ]
 
 
+def _add_errors(table: ErrorTable, potential: Potential, sample: AtomicData, predictions: dict[str, Tensor]) -> None:
+    """Errors of one structure, for each of its labels that the model predicts."""
+    index = int(sample.dataset)
+    name = sample.id if "id" in sample else ""
+    try:
+        clean(predictions, sample)
+    except InputError as error:
+        raise InputError(f"structure '{name}': {error.problem}", remedy=error.remedy) from None
+    for field, prediction in predictions.items():
+        if field in FIELDS and FIELDS[field].label and field in sample:
+            table.add(
+                field, sample[field], prediction, natoms=sample.num_nodes, dataset=potential.datasets[index],
+                config_type=sample.config_type if "config_type" in sample else "", numbers=sample.numbers,
+                baseline=naive(potential, field, sample, index), name=name,
+            )  # fmt: skip
+
+
 def naive(potential: Potential, field: str, sample: AtomicData, dataset: int) -> Tensor | None:
     """What a model without a network would say: element references, zero, or the training mean."""
+    if field in ("forces", "stress"):
+        return torch.zeros_like(sample[field])
     for head in potential.heads.values():
         if field not in head.outputs:  # type: ignore[operator]
             continue
         if field == "energy":
-            return head.table.reference[dataset, sample.numbers].sum().cpu().reshape(1)  # type: ignore[union-attr,index]
-        if field in ("forces", "stress"):
-            return torch.zeros_like(sample[field])
+            references = getattr(getattr(head, "table", None), "reference", None)
+            return None if references is None else references[dataset].cpu()[sample.numbers].sum().reshape(1)
         mean = getattr(getattr(head, "scale", None), "mean", None)
         if mean is not None and FIELDS[field].dtype == "float64":
             return torch.full_like(sample[field], float(mean[dataset]))
@@ -221,8 +235,3 @@ def versions() -> Mapping[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("torch", "lightning", "torch-geometric", "e3nn", "ase", "pymatgen", "numpy")
     return {"matfound": matfound.__version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def config_text(config: Any) -> str:
-    """A configuration as YAML."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

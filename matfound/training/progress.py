@@ -15,7 +15,7 @@ class RunProgress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._task = TaskID(0)
         self._next = 0.0
 
     def disable(self) -> None:
@@ -28,26 +28,29 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         console = Console()
+        # A resumed run starts where it is, not at zero.
+        self._next = done(trainer, 0) + 0.1 - 1e-9 if trainer.global_step else 0.0
         if not self._enabled or not console.is_terminal:
             return
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"),
         )  # fmt: skip
-        self._bar = Progress(*columns, console=console)
-        self._task = self._bar.add_task("training", total=1.0, losses="")
+        self._bar = Progress(*columns, console=console, expand=True)
+        self._task = self._bar.add_task(place(trainer), total=1.0, losses="")
+        self._bar.update(self._task, completed=done(trainer, 0))
         self._bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        done = self._done(trainer, batch_idx)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, description=self._epoch(trainer), losses=self._losses(trainer))
+        if self._bar is not None:
+            now = done(trainer, batch_idx + 1)
+            self._bar.update(self._task, completed=now, description=place(trainer), losses=losses(trainer, short=True))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        done = (trainer.current_epoch + 1) / max(trainer.max_epochs or 1, 1)
-        if self._enabled and self._bar is None and done >= self._next:
-            print(f"{self._epoch(trainer)}  {done:4.0%}  {self._losses(trainer)}", flush=True)
-            self._next = done + 0.1 - 1e-9
+        now = done(trainer, trainer.num_training_batches)
+        if self._enabled and self._bar is None and now >= self._next:
+            print(f"{place(trainer)}  {now:4.0%}  {losses(trainer)}", flush=True)
+            self._next = now + 0.1 - 1e-9
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -60,19 +63,25 @@ class RunProgress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    @staticmethod
-    def _epoch(trainer: Trainer) -> str:
-        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
 
-    @staticmethod
-    def _done(trainer: Trainer, batch_idx: int) -> float:
-        if trainer.max_steps > 0:
-            return trainer.global_step / trainer.max_steps
-        batches = trainer.num_training_batches
-        return (trainer.current_epoch + (batch_idx + 1) / max(batches, 1)) / max(trainer.max_epochs or 1, 1)
+def place(trainer: Trainer) -> str:
+    """Where the run is: "epoch 3/60", or "step 300/1000" where the run is limited in steps alone."""
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return f"step {trainer.global_step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")
+    return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
 
-    @staticmethod
-    def _losses(trainer: Trainer) -> str:
-        shown = {"train/loss": "loss", "val/loss": "val loss", "val/forces_mae": "val |ΔF|"}
-        known = trainer.callback_metrics
-        return "  ".join(f"{label} {float(known[name]):.4g}" for name, label in shown.items() if name in known)
+
+def done(trainer: Trainer, batches: float) -> float:
+    """The fraction of the run that is over after so many batches of the present epoch; 0 where the run has no end."""
+    steps = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+    if trainer.max_epochs is None or trainer.max_epochs < 1:
+        return min(steps, 1.0)
+    epochs = (trainer.current_epoch + batches / max(trainer.num_training_batches, 1)) / trainer.max_epochs
+    return min(max(steps, epochs), 1.0)
+
+
+def losses(trainer: Trainer, short: bool = False) -> str:
+    """The losses so far, on a few columns."""
+    shown = {"train/loss": "loss", "val/loss": "val loss"} | ({} if short else {"val/forces_mae": "val |ΔF|"})
+    known = trainer.callback_metrics
+    return "  ".join(f"{label} {float(known[name]):.4g}" for name, label in shown.items() if name in known)

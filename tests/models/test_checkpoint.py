@@ -115,6 +115,11 @@ def test_older_formats_are_upgraded(saved: tuple[Potential, Path], monkeypatch: 
     assert torch.equal(energy(load(folder)), energy(potential))
 
 
+def edited(old: str, new: str) -> Callable[[Path], object]:
+    """A checkpoint's config with one word replaced."""
+    return lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -123,9 +128,9 @@ def test_older_formats_are_upgraded(saved: tuple[Potential, Path], monkeypatch: 
         (lambda f: (f / "config.json").write_text("{"), "config.json: damaged"),
         (lambda f: (f / "config.json").write_text('{"format_version": 1}'), "config.json: damaged"),
         (lambda f: (f / "config.json").unlink(), "not a matfound checkpoint"),
-        (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"cutoff"', '"cutof"')), "did you mean 'cutoff'"),
-        (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"num_layers": 2', '"num_layers": 3')), "is missing"),
-        (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"num_layers": 2', '"num_layers": 1')), "unknown to the model|has shape"),
+        (edited('"cutoff"', '"cutof"'), "did you mean 'cutoff'"),
+        (edited('"num_layers": 2', '"num_layers": 3'), "is missing"),
+        (edited('"num_layers": 2', '"num_layers": 1'), "unknown to the model|has shape"),
     ],
 )  # fmt: skip
 def test_damage_is_named(saved: tuple[Potential, Path], damage: Callable[[Path], object], message: str) -> None:
