@@ -82,7 +82,8 @@ def main() -> int:
     start = time.perf_counter()
     rng = np.random.default_rng(0)
     thermalize_momenta(atoms, temperature_K=args.temperature, rng=rng)
-    Langevin(atoms, timestep=1.0 * units.fs, temperature_K=args.temperature, friction=0.02 / units.fs, rng=rng).run(400)
+    options = {"timestep": 1.0 * units.fs, "temperature_K": args.temperature, "friction": 0.02 / units.fs, "fixcm": False, "rng": rng}
+    Langevin(atoms, **options).run(400)
     Stationary(atoms)
     whole, half = (line(run(atoms, step, args.halving)) for step in (args.time_step, args.time_step / 2))
     long = run(atoms, args.time_step, args.picoseconds, every=4)

@@ -1,9 +1,16 @@
 """Fixtures for every test."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import ase
+import numpy as np
 import pytest
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -33,3 +40,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def morse() -> ModuleType:
+    """The analytic oracle `inference/morse.py`: `potential(...)`, `oracle(atoms)`."""
+    # With --import-mode=importlib, tests do not see each other's modules.
+    name = "matfound_tests_morse"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "inference" / "morse.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def model(morse: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder; with energy, forces, stress, gap, charges and dipole."""
+    from matfound.models.checkpoint import save
+
+    return save(morse.potential(extras=True), tmp_path_factory.mktemp("models") / "morse")
+
+
+@pytest.fixture
+def frames(morse: ModuleType) -> list[ase.Atoms]:
+    """Labelled frames: two molecules, three crystals. The labels are the oracle's plus known errors: energy +0.01 eV an atom, x of
+    every force +0.1 eV/Å, stress +0.001 eV/Å³ on the diagonal."""
+    found = [molecule("H2O"), molecule("CH4"), bulk("Cu", "fcc", a=3.1) * (2, 1, 1), bulk("Si"), bulk("NaCl", "rocksalt", a=5.0)]
+    for i, atoms in enumerate(found):
+        atoms.rattle(0.05, seed=i)
+        energy, forces, stress = morse.oracle(atoms)
+        labels = {"energy": energy + 0.01 * len(atoms), "forces": forces + np.array([0.1, 0, 0])}
+        if atoms.pbc.any():
+            labels["stress"] = np.array([*(np.diag(stress) + 0.001), stress[1, 2], stress[0, 2], stress[0, 1]])
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        atoms.info.update(config_type="crystal" if atoms.pbc.any() else "molecule", frame_id=f"frame-{i}", system=str(atoms.symbols))
+    return found

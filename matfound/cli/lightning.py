@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import yaml
@@ -30,6 +30,9 @@ from matfound.tasks.multitask import MultiTask
 from matfound.training.callbacks import RunReport
 from matfound.training.progress import RunProgress
 from matfound.training.resume import ResumePoint, resume_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Top-level keys of a recipe, and the class whose arguments each holds.
 SECTIONS: dict[str, Any] = {
@@ -134,6 +137,8 @@ class CLI(LightningCLI):
         config.ckpt_path = self._checkpoint(config.ckpt_path, config.checkpoint.dirpath)
         # Nothing but tensors and plain values is unpickled.
         config.weights_only = True
+        if self.verb != "fit":
+            config.verbose = False  # `run` prints a table of its own
 
     def _checkpoint(self, given: str | None, folder: str) -> str | None:
         """The file that `--ckpt_path` names; None to start from the beginning.
@@ -221,19 +226,36 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: bad recipe or data.
     """
-    cli = train(argv)
+    from rich.console import Console
+
+    cli, console = train(argv), Console(highlight=False)
     if cli.verb == "fit":
-        _print_results(cli)
+        _print_results(cli, console)
+    else:
+        _print_metrics(cli, console)
     return 0
 
 
-def _print_results(cli: CLI) -> None:
-    """Errors on held-out structures, and where the results are."""
-    from rich.console import Console
-
+def _print_metrics(cli: CLI, console: "Console") -> None:
+    """Loss and metrics of `validate` and `test`."""
+    from matfound.report.errors import unit
     from matfound.report.tables import terminal
 
-    console = Console(highlight=False)
+    stage = {"validate": "val", "test": "test"}[cli.verb]
+    values = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    rows: list[dict[str, Any]] = [{"quantity": "loss", "value": values[f"{stage}/loss"], "unit": ""}]
+    for target in cli.model.targets:
+        for metric in target.metrics:
+            if (name := f"{stage}/{target.field}_{metric}") in values:
+                label = f"{target.field}, {metric if metric == 'accuracy' else metric.upper()}"
+                rows.append({"quantity": label, "value": values[name], "unit": "" if metric == "accuracy" else unit(target.field)})
+    console.print(terminal(rows, f"{cli.config[cli.verb].ckpt_path}, {stage} set"))
+
+
+def _print_results(cli: CLI, console: "Console") -> None:
+    """Errors on held-out structures, and where the results are."""
+    from matfound.report.tables import terminal
+
     report = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RunReport))  # type: ignore[attr-defined]
     for part in ("test", "val"):
         table = report.tables.get(part)
@@ -241,6 +263,8 @@ def _print_results(cli: CLI) -> None:
             columns = ("field", "dataset", "n", "MAE", "baseline MAE", "unit", "accuracy")
             rows = [{key: row[key] for key in columns if key in row} for row in table.rows(("dataset",))]
             console.print(terminal(rows, f"Errors, {part} set"))
+            if part in report.left_out:
+                console.print(f"Left out for elements that were not trained on: {report.left_out[part]} structures")
             break
     folder = Path(report.folder or cli.trainer.default_root_dir)
     console.print(f"model: {folder / 'model'}  report: {folder / 'report.html'}", soft_wrap=True)
@@ -261,6 +285,7 @@ def train(argv: Sequence[str]) -> CLI:
                 recipes,
                 args=args,
                 auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
                 save_config_callback=None,
                 trainer_defaults={
                     "reload_dataloaders_every_n_epochs": 1,

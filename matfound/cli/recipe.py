@@ -236,7 +236,11 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def _is_object(arm: Any) -> bool:
     """Whether a type is a class that a recipe makes objects of, and not a plain value's."""
-    return inspect.isclass(arm) and arm is not object and arm.__module__.partition(".")[0] not in ("builtins", "datetime", "pathlib", "os")
+    return (
+        inspect.isclass(arm)
+        and arm not in (object, Any)
+        and arm.__module__.partition(".")[0] not in ("builtins", "datetime", "pathlib", "os")
+    )
 
 
 def _words(arm: Any) -> str:

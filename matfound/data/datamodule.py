@@ -89,20 +89,13 @@ class Frames(TorchDataset[AtomicData]):
         reader, frame = self.frames[sample]
         return self.datasets[reader].place(frame)
 
-    def structure(self, sample: int) -> AtomicData:
-        """A sample without its graphs."""
+    def __getitem__(self, sample: int) -> AtomicData:
         if sample in self._kept:
             return copy.copy(self._kept[sample])
         reader, frame = self.frames[sample]
         # A reader may keep its frames; what is added here must not stay with them.
         data = copy.copy(self.datasets[reader].get(frame))
         data.dataset = torch.tensor([self.indices[reader]])
-        return data
-
-    def __getitem__(self, sample: int) -> AtomicData:
-        data = self.structure(sample)
-        if sample in self._kept:
-            return data
         try:
             add_graphs(data, self.graphs)
         except InputError as error:
@@ -126,9 +119,6 @@ class _Caught(TorchDataset[AtomicData | InputError]):
 
     def __init__(self, frames: Frames) -> None:
         self.frames = frames
-
-    def __len__(self) -> int:
-        return len(self.frames)
 
     def __getitem__(self, sample: int) -> AtomicData | InputError:
         try:
@@ -287,19 +277,10 @@ class AtomicDataModule(LightningDataModule):
             raise InputError(f"there are no frames in {' + '.join(parts) or 'no part'}", remedy=nearest(parts[0] if parts else "", known))
         return chosen
 
-    def _some(self, frames: Frames) -> range:
-        """All samples, or an even selection of `statistics_frames`."""
-        return range(0, len(frames), max(1, -(-len(frames) // self.statistics_frames)))
-
     def samples(self, part: str) -> Iterator[AtomicData]:
         """Training statistics are taken from these: all frames of a part, or an even selection of `statistics_frames`."""
         frames = self.frames(part)
-        return (frames[i] for i in self._some(frames))
-
-    def structures(self, part: str) -> Iterator[tuple[AtomicData, str, int]]:
-        """The same selection without graphs, each with its file and its frame there."""
-        frames = self.frames(part)
-        return ((frames.structure(i), *frames.place(i)) for i in self._some(frames))
+        return (frames[i] for i in range(0, len(frames), max(1, -(-len(frames) // self.statistics_frames))))
 
     def _sampler(self, part: str, frames: Frames, *, shuffle: bool, epoch: int = 0, skip: int = 0) -> BudgetBatchSampler:
         if part not in self._sizes:

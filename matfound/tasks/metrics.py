@@ -13,7 +13,9 @@ class TargetMetrics(MetricCollection):
 
     def __init__(self, target: Target) -> None:
         # Sums are float64: float32 loses digits over large sets. A NaN stays one.
-        metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for name in target.metrics or ()}
+        metrics: dict[str, Metric | MetricCollection] = {
+            name: MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for name in target.metrics or ()
+        }
         super().__init__(metrics, compute_groups=False)
         self.target = target
 

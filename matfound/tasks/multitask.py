@@ -1,6 +1,7 @@
 """The one training module: every target's loss, masked where labels are missing."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from matfound.tasks.target import Comparison, Target
 #: From parameters to an optimizer; in YAML a class path with its other arguments.
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+log = logging.getLogger(__name__)
 
 
 class MultiTask(LightningModule):
@@ -51,6 +54,7 @@ class MultiTask(LightningModule):
         self.targets = targets
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.fit_scales = fit_scales
+        self._told: set[str] = set()
         if not targets:
             raise InputError("there are no targets", remedy="name what to learn, e.g. model.targets: [{field: energy}, {field: forces}]")
         for i, target in enumerate(targets):
@@ -64,37 +68,14 @@ class MultiTask(LightningModule):
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict({t.field: TargetMetrics(t) for t in targets}) for stage in ("val", "test")})
 
     def setup(self, stage: str) -> None:
-        """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint.
-
-        Raises:
-            InputError: a structure of the data has an element that the model will not have seen; names file, frame and element.
-        """
-        if stage != "fit":
-            return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.fit_scales:
-            statistics = collect(data.samples("train"), self.potential.datasets)
+        """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint."""
+        if stage == "fit" and self.fit_scales:
+            statistics = collect(self.trainer.datamodule.samples("train"), self.potential.datasets)  # type: ignore[attr-defined]
             self.potential.fit_scales(statistics)
             self._fit_loss_scales(statistics)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # it has copied the model as it was before
                     callback.setup(self.trainer, self, stage)
-        for part in ("val", "test") if self.fit_scales else ("train", "val", "test"):
-            for sample, file, frame in data.structures(part):
-                self._check_elements(sample, int(sample.dataset), part, file, frame)
-
-    def _check_elements(self, sample: AtomicData, dataset: int, part: str, file: object = None, frame: int | None = None) -> None:
-        unseen = sorted(set(sample.numbers.tolist()) - self.potential.elements(dataset))
-        if unseen:
-            from ase.data import chemical_symbols
-
-            what = ", ".join(chemical_symbols[number] for number in unseen)
-            raise InputError(
-                f"this structure of the {part} set has {what}, which no training structure of '{self.potential.datasets[dataset]}' has",
-                remedy="train on some such structures (data.split: {stratify: formula} helps), or leave this one out",
-                file=file,
-                frame=frame,
-            )
 
     def _fit_loss_scales(self, statistics: Statistics) -> None:
         for target in self.targets:
@@ -111,26 +92,44 @@ class MultiTask(LightningModule):
 
     def _step(self, batch: AtomicData, stage: str) -> Tensor:
         predictions = self.potential(batch)
+        seen = None if stage == "train" else self._seen(batch, stage)
         total = torch.zeros((), dtype=torch.float64, device=batch.numbers.device)
         for target in self.targets:
             comparison = target.compare(predictions, batch)
             if comparison is None:
                 continue
-            loss = target.loss_of(comparison, self._row_scale(target, comparison, batch))
-            total = total + target.weight * loss
+            comparison = comparison if seen is None else comparison.of(seen)
+            total = total + target.weight * target.loss_of(comparison, self._row_scale(target, comparison, batch))
             if stage != "train":
                 self.metrics[stage][target.field].add(comparison)  # type: ignore[index]
         if not torch.isfinite(total):
-            raise self._not_finite(total, predictions, batch, stage)
+            raise self._not_finite(float(total.detach()), predictions, batch, stage)
         if stage == "train" and not total.requires_grad:
             # No structure of the batch has any label: the loss is 0, and so are its gradients.
             total = total + sum(predictions[target.field][:0].sum() for target in self.targets)
         self.log(f"{stage}/loss", total.detach(), batch_size=batch.num_systems, on_step=False, on_epoch=True)
         return total
 
-    def _not_finite(self, loss: Tensor, predictions: dict[str, Tensor], batch: AtomicData, stage: str) -> InputError:
+    def _seen(self, batch: AtomicData, stage: str) -> Tensor:
+        """Mask (systems,) of the structures without elements that the model has not been trained on; the others cannot be judged."""
+        tables = torch.zeros(len(self.potential.datasets), 119, dtype=torch.bool)
+        for dataset in range(len(tables)):
+            tables[dataset, sorted(self.potential.elements(dataset))] = True
+        known = tables.to(batch.numbers.device)[batch.dataset[batch.batch], batch.numbers]
+        seen = torch.ones(batch.num_systems, dtype=torch.bool, device=known.device)
+        seen[batch.batch[~known]] = False
+        if not seen.all() and stage not in self._told:
+            self._told.add(stage)
+            first = int(torch.nonzero(~seen)[0])
+            elements = ", ".join(symbols(batch.numbers[(batch.batch == first) & ~known].tolist()))
+            log.warning(
+                "matfound: structure '%s' of the %s set has %s, which no training structure of '%s' has; such structures are left out",
+                names(batch)[first], stage, elements, self.potential.datasets[int(batch.dataset[first])],
+            )  # fmt: skip
+        return seen
+
+    def _not_finite(self, loss: float, predictions: dict[str, Tensor], batch: AtomicData, stage: str) -> InputError:
         """The error that names the structures whose predictions are not finite, or else all of the batch."""
-        names = batch["id"] if "id" in batch else [f"structure {i} of the batch" for i in range(batch.num_systems)]
         bad: set[int] = set()
         for target in self.targets:
             comparison = target.compare(predictions, batch)
@@ -138,14 +137,17 @@ class MultiTask(LightningModule):
                 rows = comparison.prediction.unsqueeze(-1).flatten(1)
                 bad |= set(comparison.system[~torch.isfinite(rows).all(1)].tolist())
         for system in sorted(bad):
-            try:
-                self._check_elements(batch.to_list()[system], int(batch.dataset[system]), stage)
-            except InputError as error:
-                return InputError(f"frame {names[system]}: {error.problem}", remedy=error.remedy)
-        shown = [names[i] for i in sorted(bad or range(batch.num_systems))]
+            unseen = set(batch.numbers[batch.batch == system].tolist()) - self.potential.elements(int(batch.dataset[system]))
+            if unseen:
+                what = ", ".join(symbols(unseen))
+                return InputError(
+                    f"structure '{names(batch)[system]}' of the training data has {what}, which the model has not seen",
+                    remedy="fit the scales (model.fit_scales: true), or leave such structures out",
+                )
+        shown = [names(batch)[i] for i in sorted(bad or range(batch.num_systems))]
         frames = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
         return InputError(
-            f"the {stage} loss became {float(loss)} at step {self.global_step} on the frames {frames}",
+            f"the {stage} loss became {loss} at step {self.global_step} on the frames {frames}",
             remedy="lower the learning rate, clip gradients, or check these labels",
         )
 
@@ -217,3 +219,16 @@ class MultiTask(LightningModule):
         batches = min(batches, share) if isinstance(share, int) else int(batches * share)
         steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
         return max(1, steps if limit is None else min(steps, limit))
+
+
+def names(batch: AtomicData) -> list[str]:
+    """What to call the structures of a batch."""
+    known = list(batch["id"]) if "id" in batch else [""] * batch.num_systems
+    return [name or f"number {i} of the batch" for i, name in enumerate(known)]
+
+
+def symbols(numbers: Iterable[int]) -> list[str]:
+    """Symbols of atomic numbers, each once."""
+    from ase.data import chemical_symbols
+
+    return [chemical_symbols[number] for number in sorted(set(numbers))]

@@ -98,7 +98,7 @@ class Target:
         if self.per_atom:
             count = batch.natoms[system].clamp(min=1)
             rows, label = rows / count, label / count
-        return Comparison(prediction=rows, label=label, system=system, known=known)
+        return Comparison(prediction=rows, label=label, system=system)
 
     def loss_of(self, comparison: "Comparison", scale: Float[Tensor, " rows"]) -> Float[Tensor, ""]:
         """Mean loss over the rows that have a label; errors are divided by `scale` first. 0 for no rows.
@@ -133,10 +133,13 @@ class Comparison:
         prediction: values, or logits (rows, classes).
         label: values or classes; energies per atom.
         system: the structure of each row.
-        known: which rows of the batch these are.
     """
 
     prediction: Float[Tensor, "rows *d"]
     label: Shaped[Tensor, "rows *e"]
     system: Int[Tensor, " rows"]
-    known: Bool[Tensor, " all_rows"]
+
+    def of(self, systems: Bool[Tensor, " systems"]) -> "Comparison":
+        """Only the rows of the structures in a mask."""
+        mask = systems[self.system]
+        return Comparison(self.prediction[mask], self.label[mask], self.system[mask])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 import matfound
@@ -40,10 +41,12 @@ class RunReport(Callback):
         self.config = ""
         self.tables: dict[str, ErrorTable] = {}
         self.failures: dict[str, InputError] = {}
+        self.left_out: dict[str, int] = {}
         #: Of the whole run, and of the present epoch.
         self.seconds = 0.0
         self._epoch = {"seconds": 0.0, "structures": 0.0, "atoms": 0.0, "loss": 0.0, "validated": 0.0}
         self._last: float | None = None
+        self._ended = False
 
     def state_dict(self) -> dict[str, Any]:
         """History so far."""
@@ -89,12 +92,12 @@ class RunReport(Callback):
         row["train/loss"] = self._epoch["loss"] / max(self._epoch["structures"], 1.0)
         row["structures_per_second"] = self._epoch["structures"] / max(self._epoch["seconds"], 1e-9)
         row["atoms_per_second"] = self._epoch["atoms"] / max(self._epoch["seconds"], 1e-9)
-        # A run resumed from the very end of an epoch ends it once more.
-        self.history = [other for other in self.history if other["epoch"] < row["epoch"]] + [row]
+        if not self.history or self.history[-1]["epoch"] < row["epoch"]:  # one resumed from the very end of an epoch ends it once more
+            self.history.append(row)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock()
-        self._last = None
+        self._last, self._ended = None, True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After averaged weights, if any, have been put in place.
@@ -104,12 +107,16 @@ class RunReport(Callback):
         """
         if not trainer.is_global_zero or trainer.interrupted:
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and not self._ended:
+                # A finished run was resumed: Lightning skips the end of training, where averaged weights are put in place.
+                callback.on_train_end(trainer, pl_module)
         folder = Path(self.folder or trainer.default_root_dir)
         potential = pl_module.potential
         assert isinstance(potential, Potential)
         potential.eval()
         save(potential, folder / "model", self.card)
-        self.tables, self.failures = {}, {}
+        self.tables, self.failures, self.left_out = {}, {}, {}
         for part in ("val", "test"):
             if part in trainer.datamodule.train_parts:  # type: ignore[attr-defined]
                 continue
@@ -124,6 +131,8 @@ class RunReport(Callback):
     def errors(self, trainer: Trainer, potential: Potential, part: str) -> ErrorTable:
         """Errors on a part of the split ("val", "test"), beside what `naive` would give.
 
+        Structures with elements that the model has not been trained on are left out, and counted.
+
         Raises:
             InputError: a prediction is not finite; names the structure.
         """
@@ -134,7 +143,10 @@ class RunReport(Callback):
         for batch in getattr(trainer.datamodule, f"{part}_dataloader")():  # type: ignore[attr-defined]
             predictions = evaluate(potential, batch.to(trainer.strategy.root_device))
             for sample, predicted in zip(batch.cpu().to_list(), split(predictions, batch.cpu()), strict=True):
-                _add_errors(table, potential, sample, predicted)
+                if set(sample.numbers.tolist()) <= potential.elements(int(sample.dataset)):
+                    _add_errors(table, potential, sample, predicted)
+                else:
+                    self.left_out[part] = self.left_out.get(part, 0) + 1
         potential.to(device)
         return table
 
@@ -156,6 +168,8 @@ class RunReport(Callback):
                 CONVENTIONS + " The baseline of energies are linear element references fitted to the training data, of forces and "
                 "stress zero, of everything else the training mean."
             )
+            if part in self.left_out:
+                report.text(f"Left out: structures with elements that no training structure of their dataset has ({self.left_out[part]}).")
             report.figure(parity(table.panels()), "Predictions against labels.", alt=f"parity plots, {part} set")
             report.table(table.rows(("dataset",)), "By dataset.")
             if table.groups("config_type"):

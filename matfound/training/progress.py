@@ -48,7 +48,9 @@ class RunProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = done(trainer, trainer.num_training_batches)
-        if self._enabled and self._bar is None and now >= self._next:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=now, losses=losses(trainer, short=True))
+        elif self._enabled and now >= self._next:
             print(f"{place(trainer)}  {now:4.0%}  {losses(trainer)}", flush=True)
             self._next = now + 0.1 - 1e-9
 
@@ -71,7 +73,7 @@ def place(trainer: Trainer) -> str:
     return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
 
 
-def done(trainer: Trainer, batches: float) -> float:
+def done(trainer: Trainer, batches: int | float) -> float:
     """The fraction of the run that is over after so many batches of the present epoch; 0 where the run has no end."""
     steps = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
     if trainer.max_epochs is None or trainer.max_epochs < 1:

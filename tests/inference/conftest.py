@@ -1,30 +1,9 @@
-"""The Morse potential for every test of inference; `morse.py` has the oracle."""
-
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+"""Structures for every test of inference."""
 
 import ase
 import numpy as np
 import pytest
 from ase.build import bulk, molecule
-
-
-def _load() -> ModuleType:
-    # With --import-mode=importlib, tests do not see each other's modules.
-    name = "matfound_tests_morse"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "inference" / "morse.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def morse() -> ModuleType:
-    """The module `morse.py`: `potential(...)`, `oracle(atoms)`."""
-    return _load()
 
 
 @pytest.fixture

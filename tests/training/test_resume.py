@@ -1,0 +1,153 @@
+"""A run that is killed and resumed ends as one that was not."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matfound import unpickle
+
+
+def outcome(run: Path) -> tuple[bytes, list[dict[str, float]], dict[str, Any]]:
+    """The finished model, the history without its times, and the optimizer."""
+    state = unpickle.load(run / "checkpoints/last.ckpt")
+    (report,) = (value for key, value in state["callbacks"].items() if key.startswith("RunReport"))
+    history = [{key: value for key, value in row.items() if "per_second" not in key} for row in report["history"]]
+    return (run / "model/model.safetensors").read_bytes(), history, state["optimizer_states"][0]["state"]
+
+
+def same(run: Path, other: Path) -> None:
+    (weights, history, moments), (other_weights, other_history, other_moments) = outcome(run), outcome(other)
+    assert history == other_history
+    for moment, other_moment in zip(moments.values(), other_moments.values(), strict=True):
+        assert all(torch.equal(moment[key], other_moment[key]) for key in moment)
+    assert weights == other_weights
+
+
+def start(server, recipe, *options: str) -> int:
+    run = server.start("fit", "--config", recipe.write(), *options, output=recipe.folder / "log")
+    code = run.wait()
+    assert code in (0, -9), run.text
+    return code
+
+
+def killed(server, recipe, *stops: tuple[str, int]) -> Path:
+    """Run, be killed at each of the stops, be resumed each time."""
+    for hook, step in stops:
+        recipe.stop(hook, step)
+    codes = [start(server, recipe, *(["--ckpt_path", "last"] if n else [])) for n in range(len(stops) + 1)]
+    assert codes == [-9] * len(stops) + [0]
+    return recipe.run
+
+
+@pytest.fixture(scope="module")
+def whole(server, make_recipe, tmp_path_factory):
+    """A run that was not interrupted; with a checkpoint at its end alone."""
+    recipe = make_recipe(tmp_path_factory.mktemp("whole"))
+    recipe.content["checkpoint"]["every_n_train_steps"] = 1000
+    assert start(server, recipe) == 0
+    return recipe.run
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_twice_in_mid_epoch(workers, server, recipe, whole):
+    recipe.content["data"]["num_workers"] = workers
+    same(whole, killed(server, recipe, ("on_train_batch_end", 8), ("on_before_optimizer_step", 22)))
+    assert len(outcome(whole)[1]) == 3
+
+
+#: How often a checkpoint is written, and where the run is killed.
+PLACES: dict[str, tuple[int, tuple[tuple[str, int], ...]]] = {
+    "while validating": (3, (("on_validation_batch_end", 12), ("on_validation_start", 24))),
+    "with nothing saved": (100, (("on_train_batch_end", 5),)),
+    "after saving at the end of an epoch": (12, (("on_train_batch_start", 12),)),
+    "before saving at the end of an epoch": (12, (("on_validation_end", 24),)),
+    "while writing a checkpoint": (3, (("fsync", 6), ("fsync", 24))),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed(place, server, recipe, whole):
+    recipe.content["checkpoint"]["every_n_train_steps"], stops = PLACES[place]
+    same(whole, killed(server, recipe, *stops))
+
+
+#: The same for other trainers.
+TRAINERS: dict[str, tuple[dict[str, Any], int, tuple[tuple[str, int], ...]]] = {
+    "accumulating gradients": ({"accumulate_grad_batches": 5}, 1, (("on_train_batch_start", 2), ("on_train_batch_end", 5))),
+    "validating within an epoch": ({"val_check_interval": 0.25}, 2, (("on_validation_batch_end", 9),)),
+    "validating every other epoch": ({"check_val_every_n_epoch": 2}, 4, (("on_validation_start", 24),)),
+    "limited in steps": ({"max_epochs": -1, "max_steps": 31}, 4, (("on_train_batch_end", 14), ("on_train_batch_end", 29))),
+    "limited to whole epochs' steps": ({"max_epochs": -1, "max_steps": 24}, 12, (("on_train_batch_end", 14),)),
+    "on a part of each epoch": ({"limit_train_batches": 7}, 7, (("on_train_batch_end", 10),)),
+    "without averaged weights": ({"callbacks": []}, 3, (("on_train_batch_end", 8),)),
+}
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_killed_with(case, server, recipe):
+    trainer, recipe.content["checkpoint"]["every_n_train_steps"], stops = TRAINERS[case]
+    recipe.content["trainer"].update(trainer)
+    whole = recipe.copy("whole")
+    assert start(server, whole) == 0
+    same(whole.run, killed(server, recipe, *stops))
+
+
+def test_interrupted(server, recipe, whole, wait_for):
+    """Ctrl-C: one line, code 130, and nothing is lost."""
+    there = recipe.stop("on_train_batch_start", 8, wait=True)
+    run = server.start("fit", "--config", recipe.write(), output=recipe.folder / "log")
+    wait_for(there)
+    run.kill(signal.SIGINT)
+    assert run.wait() == 130
+    assert run.text.endswith("matfound: interrupted\n") and "Traceback" not in run.text
+    assert not (recipe.run / "model").exists()
+    assert start(server, recipe, "--ckpt_path", "last") == 0
+    same(whole, recipe.run)
+
+
+def test_terminated(server, recipe, whole, wait_for):
+    """A batch system's SIGTERM: the batch is finished, code 143."""
+    there = recipe.stop("on_train_batch_start", 8, wait=True, seconds=1)
+    run = server.start("fit", "--config", recipe.write(), output=recipe.folder / "log")
+    wait_for(there)
+    run.kill(signal.SIGTERM)
+    assert run.wait() == 143
+    assert "Traceback" not in run.text
+    assert start(server, recipe, "--ckpt_path", "last") == 0
+    same(whole, recipe.run)
+
+
+def test_full_disk(server, recipe, whole):
+    """The write that fails names its file, and leaves the previous one to resume from."""
+    recipe.stop("on_train_batch_start", 8)
+    start(server, recipe)
+    last = recipe.run / "checkpoints/last.ckpt"
+    before = last.read_bytes()
+    output = recipe.folder / "full"
+    run = server.start("fit", "--config", recipe.write(), "--ckpt_path", "last", output=output, limit=len(before) // 2)
+    assert run.wait() == 1
+    line = run.text.splitlines()[-1]
+    assert line.startswith(
+        f"matfound: error: {last}: cannot save the checkpoint: File too large; the previous checkpoint there is intact (free"
+    )
+    assert "Traceback" not in run.text
+    assert last.read_bytes() == before and [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
+    assert start(server, recipe, "--ckpt_path", "last") == 0
+    same(whole, recipe.run)
+
+
+def test_a_finished_run_stays_what_it_is(server, recipe, whole):
+    """Resumed once more, it does not train, and its model still has the averaged weights."""
+    assert start(server, recipe) == 0
+    assert start(server, recipe, "--ckpt_path", "last") == 0
+    same(whole, recipe.run)
+
+
+def test_nothing_to_resume_starts_from_the_beginning(server, recipe, whole):
+    run = server.start("fit", "--config", recipe.write(), "--ckpt_path", "last", output=recipe.folder / "log")
+    assert run.wait() == 0
+    assert run.text.startswith(f"matfound: nothing to resume in {recipe.run}/checkpoints yet, starting from the beginning")
+    same(whole, recipe.run)
