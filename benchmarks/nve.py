@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=300.0, help="K")
     parser.add_argument("--time-step", type=float, default=0.5, help="fs")
     parser.add_argument("--picoseconds", type=float, default=5.0, help="length of the drift run")
-    parser.add_argument("--halving", type=float, default=1.0, help="length (ps) of the two runs that compare time steps")
+    parser.add_argument("--halving", type=float, default=0.5, help="length (ps) of the two runs that compare time steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
@@ -83,7 +83,7 @@ def main() -> int:
     rng = np.random.default_rng(0)
     thermalize_momenta(atoms, temperature_K=args.temperature, rng=rng)
     options = {"timestep": 1.0 * units.fs, "temperature_K": args.temperature, "friction": 0.02 / units.fs, "fixcm": False, "rng": rng}
-    Langevin(atoms, **options).run(400)
+    Langevin(atoms, **options).run(2000)
     Stationary(atoms)
     whole, half = (line(run(atoms, step, args.halving)) for step in (args.time_step, args.time_step / 2))
     long = run(atoms, args.time_step, args.picoseconds, every=4)

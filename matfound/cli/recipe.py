@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from torch import Tensor
 
 from matfound.errors import InputError, nearest
 
@@ -138,10 +139,12 @@ def check_option(name: str, value: str | None, content: Mapping[str, Any], secti
         else:
             return
         at = at.key(part)
+        if isinstance(node, Mapping) and part not in OBJECT_KEYS and isinstance(node.get("init_args"), Mapping):
+            node = node["init_args"]  # which the command line may leave out
         node = node.get(part) if isinstance(node, Mapping) else None
         if i + 1 < len(parts):
             kind = _class_at(kind, node)
-    if value is not None and not inspect.isclass(kind) and not name.endswith("+"):
+    if value is not None and kind is not None and not name.endswith("+"):
         _check(_plain(value), kind, at)
 
 
@@ -178,7 +181,7 @@ def _check(value: Any, kind: Any, at: _At) -> None:
     if not fitting:
         options = [str(option) for arm in arms if typing.get_origin(arm) is Literal for option in typing.get_args(arm)]
         guess = nearest(value, options) if options and isinstance(value, str) else ""
-        words = [_words(arm) for arm in arms if typing.get_origin(arm) is not Literal]
+        words = [_words(arm) for arm in arms if typing.get_origin(arm) is not Literal and arm is not Tensor]
         wanted = " or ".join(dict.fromkeys([", ".join(dict.fromkeys(options)), *words] if options else words))
         raise at.error(f"expected {wanted}, received {_shown(value)}", guess if guess.startswith("did you") else "")
     errors = []
@@ -222,6 +225,8 @@ def _fits(value: Any, arm: Any) -> bool:
         return isinstance(value, Mapping)
     if inspect.isclass(arm) and issubclass(arm, enum.Enum):
         return isinstance(value, str) and value in arm.__members__
+    if arm is Tensor:
+        return False
     if origin is collections.abc.Callable or _is_object(arm):
         return isinstance(value, (Mapping, str))
     return True
@@ -236,11 +241,9 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def _is_object(arm: Any) -> bool:
     """Whether a type is a class that a recipe makes objects of, and not a plain value's."""
-    return (
-        inspect.isclass(arm)
-        and arm not in (object, Any)
-        and arm.__module__.partition(".")[0] not in ("builtins", "datetime", "pathlib", "os")
-    )
+    if not inspect.isclass(arm) or arm in (object, Any) or issubclass(arm, enum.Enum):
+        return False
+    return arm.__module__ not in ("builtins", "datetime", "pathlib", "os", "torch")
 
 
 def _words(arm: Any) -> str:
@@ -252,6 +255,8 @@ def _words(arm: Any) -> str:
         return "a list"
     if origin in (dict, collections.abc.Mapping):
         return "a mapping"
+    if inspect.isclass(arm) and issubclass(arm, enum.Enum):
+        return ", ".join(arm.__members__)
     return f"a class_path with init_args ({getattr(_base(arm)[0], '__name__', arm)})"
 
 
@@ -299,12 +304,12 @@ def _check_object(value: Mapping[str, Any] | str, arm: Any, at: _At) -> None:
             raise at.error("class_path is missing", "name the class" + (f", e.g. class_path: {examples[0]}" if examples else ""))
         _check_arguments(value, base, at, given)
         return
+    cls = _find_class(value["class_path"], base, at)
     for key in value:
         if key not in OBJECT_KEYS:
-            guess = nearest(str(key), OBJECT_KEYS)
-            raise at.error(f"unknown key '{key}'", guess if guess.startswith("did") else "arguments of a class go under init_args")
-    cls = _find_class(value["class_path"], base, at)
-    if inspect.isclass(cls) and inspect.isclass(base) and not issubclass(cls, base):
+            remedy = "arguments of a class go under init_args"
+            raise at.error(f"unknown key '{key}'", remedy if key in _parameters(cls, given) else nearest(str(key), OBJECT_KEYS))
+    if inspect.isclass(cls) and inspect.isclass(base) and base is not Any and not issubclass(cls, base):
         raise at.error(f"{_path(cls)} is no {base.__name__}", "check class_path")
     _check_arguments(value.get("init_args") or {}, cls, at.key("init_args"), given)
 
@@ -335,7 +340,7 @@ def _path(cls: type) -> str:
 
 def _subclasses(base: Any) -> Iterator[type]:
     """Every class below one that has been imported, itself included."""
-    if inspect.isclass(base) and base is not type:
+    if inspect.isclass(base) and base not in (Any, object, type):
         yield base
         for cls in base.__subclasses__():
             yield from _subclasses(cls)

@@ -31,7 +31,6 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.losses: list[list[tuple[int, float]]] = []
         self.weights: list[dict[str, torch.Tensor]] = []
-        self.metrics: list[dict[str, float]] = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.losses.append([])
@@ -39,9 +38,6 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses[-1].append((batch.num_systems, float(outputs["loss"])))
         self.weights.append({name: value.detach().clone() for name, value in pl_module.potential.named_parameters()})
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.metrics.append({})
 
 
 def fit(recipe: Any, *options: str) -> CLI:

@@ -105,7 +105,7 @@ def test_terminal(terminal, capsys):
 def test_terminal_after_an_error(terminal):
     bar = RunProgress()
     bar.on_train_start(trainer(), MODULE)
-    bar.on_exception(trainer(), None, RuntimeError())
+    bar.on_exception(trainer(), MODULE, RuntimeError())
     assert bar._bar is None and terminal.getvalue().rstrip().endswith("\x1b[?25h")
     bar.on_train_end(trainer(), MODULE)
 
