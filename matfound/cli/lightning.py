@@ -108,8 +108,8 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Parser with one-line errors."""
-        parser = Parser(**{**kwargs, "prog": "matfound", "allow_abbrev": False})
-        parser.source = self.source
+        # jsonargparse makes further parsers of the same class.
+        parser = type("Parser", (Parser,), {"source": self.source})(**{**kwargs, "prog": "matfound", "allow_abbrev": False})
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe; of several, the last wins")
         return parser
 
@@ -135,8 +135,6 @@ class CLI(LightningCLI):
             config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
         self.text = yaml.safe_dump(yaml.safe_load(self._parser(self.verb).dump(config)), sort_keys=False, allow_unicode=True)
         config.ckpt_path = self._checkpoint(config.ckpt_path, config.checkpoint.dirpath)
-        # Nothing but tensors and plain values is unpickled.
-        config.weights_only = True
         if self.verb != "fit":
             config.verbose = False  # `run` prints a table of its own
 
@@ -175,18 +173,24 @@ class CLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ArithmeticError, LookupError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, ImportError, MisconfigurationException) as error:
             cause = _input_error(error)
             if cause is None:
                 cause = InputError(_last_line(error), remedy="check the recipe")
             raise cause.at(self.source or None) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With the CSV logger unless another was asked for."""
+        """With the CSV logger unless another was asked for.
+
+        Raises:
+            InputError: several devices.
+        """
         root = Path(self.config[self.verb].trainer.default_root_dir)
         if self.config_init[self.verb].trainer.logger is None:
             kwargs["logger"] = CSVLogger(str(root), name="logs")
         trainer = super().instantiate_trainer(**kwargs)
+        if (processes := trainer.num_devices * trainer.num_nodes) > 1:  # before Lightning starts the others
+            raise InputError(f"a run has one process, received {processes}", remedy="set trainer.devices and trainer.num_nodes to 1")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunReport):
                 callback.config = self.text
@@ -204,8 +208,7 @@ class CLI(LightningCLI):
                 raise
             modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
             if "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules:
-                problem = f"the checkpoint does not fit this run: {_last_line(error)}"
-                remedy = "use the recipe that it was made with"
+                problem, remedy = f"the checkpoint does not fit this run: {_last_line(error)}", "use the recipe that it was made with"
                 raise InputError(problem, remedy=remedy, file=self.config[self.verb].ckpt_path) from error
             if modules[-1].startswith("lightning."):  # Lightning itself complains
                 raise InputError(_last_line(error), remedy="check trainer", file=self.source or None) from error
@@ -249,7 +252,8 @@ def _print_metrics(cli: CLI, console: "Console") -> None:
             if (name := f"{stage}/{target.field}_{metric}") in values:
                 label = f"{target.field}, {metric if metric == 'accuracy' else metric.upper()}"
                 rows.append({"quantity": label, "value": values[name], "unit": "" if metric == "accuracy" else unit(target.field)})
-    console.print(terminal(rows, f"{cli.config[cli.verb].ckpt_path}, {stage} set"))
+    console.print(f"{cli.config[cli.verb].ckpt_path}, {stage} set", soft_wrap=True)
+    console.print(terminal(rows))
 
 
 def _print_results(cli: CLI, console: "Console") -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from torch import Tensor
 
 from matfound.errors import InputError, nearest
 
@@ -169,7 +168,7 @@ def _class_at(kind: Any, node: Any) -> Any:
     for arm in _arms(kind):
         if typing.get_origin(arm) in (dict, collections.abc.Mapping) and typing.get_args(arm):
             return arm
-        if inspect.isclass(arm) and arm.__module__ != "builtins" and not inspect.isabstract(arm) and node is not None:
+        if _is_object(arm) and not inspect.isabstract(arm) and (node is not None or len(list(_subclasses(arm))) == 1):
             return arm
     return None
 
@@ -181,7 +180,7 @@ def _check(value: Any, kind: Any, at: _At) -> None:
     if not fitting:
         options = [str(option) for arm in arms if typing.get_origin(arm) is Literal for option in typing.get_args(arm)]
         guess = nearest(value, options) if options and isinstance(value, str) else ""
-        words = [_words(arm) for arm in arms if typing.get_origin(arm) is not Literal and arm is not Tensor]
+        words = [_words(arm) for arm in arms if typing.get_origin(arm) is not Literal and not _is_tensor(arm)]
         wanted = " or ".join(dict.fromkeys([", ".join(dict.fromkeys(options)), *words] if options else words))
         raise at.error(f"expected {wanted}, received {_shown(value)}", guess if guess.startswith("did you") else "")
     errors = []
@@ -225,7 +224,7 @@ def _fits(value: Any, arm: Any) -> bool:
         return isinstance(value, Mapping)
     if inspect.isclass(arm) and issubclass(arm, enum.Enum):
         return isinstance(value, str) and value in arm.__members__
-    if arm is Tensor:
+    if _is_tensor(arm):
         return False
     if origin is collections.abc.Callable or _is_object(arm):
         return isinstance(value, (Mapping, str))
@@ -244,6 +243,10 @@ def _is_object(arm: Any) -> bool:
     if not inspect.isclass(arm) or arm in (object, Any) or issubclass(arm, enum.Enum):
         return False
     return arm.__module__ not in ("builtins", "datetime", "pathlib", "os", "torch")
+
+
+def _is_tensor(arm: Any) -> bool:
+    return inspect.isclass(arm) and (arm.__module__, arm.__name__) == ("torch", "Tensor")
 
 
 def _words(arm: Any) -> str:

@@ -4,13 +4,14 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from matfound import unpickle
 from matfound.errors import InputError
 
 
@@ -76,7 +77,7 @@ def resume_file(folder: str | os.PathLike[str]) -> Path:
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's files, written beside their place and moved there when they are on the disk.
+    """Lightning's files, written beside their place and moved there when they are on the disk, and read without running what they say.
 
     Lightning's own go through the system's folder for temporary files: from another file system they are copied, and a kill during the
     copy leaves neither the old nor the new one.
@@ -106,3 +107,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise InputError(
                 f"cannot save the checkpoint: {error.strerror}; {kept}", remedy="free space, then resume with --ckpt_path last", file=path
             ) from error
+
+    def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint of tensors and plain values, on the CPU.
+
+        Raises:
+            InputError: it is damaged, or holds anything else.
+        """
+        return cast(dict[str, Any], unpickle.load(path))

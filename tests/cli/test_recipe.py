@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pytest
 import yaml
@@ -217,7 +217,7 @@ class Shape(ABC):
 
 
 class Square(Shape):
-    def __init__(self, side: "float" = 1.0, more: "Unknown | None" = None) -> None: ...  # noqa: F821
+    def __init__(self, side: "float" = 1.0, more: "Unknown | None" = None) -> None: ...
 
     def area(self) -> float:
         return 1.0
@@ -232,7 +232,7 @@ class Options:
     colour: Colour = Colour.RED
     sizes: tuple[int, ...] = ()
     pair: tuple[int, str] = (1, "a")
-    shapes: Optional[Sequence[Shape]] = None
+    shapes: Sequence[Shape] | None = None
     either: int | Literal["auto", "none"] = 1
     named: Annotated[int, "a remark"] = 1
     free: TypeVar("T") = None
@@ -258,7 +258,7 @@ def test_annotations(monkeypatch):
     fine: dict[str, list[Any]] = {
         "colour": ["RED"], "sizes": [[1, 2]], "pair": [[1, "x"]], "shapes": [[square, f"{HERE}.Square"], None], "either": [3, "auto"],
         "named": [3], "free": [object], "anything": [[1, {"a": 2}], square, 3], "table": [{"a": {"b": 1}}],
-        "make": [square, {"class_path": f"{HERE}.Square"}],
+        "make": [f"{HERE}.make_square", {"class_path": f"{HERE}.Square"}],
     }  # fmt: skip
     for name, values in fine.items():
         for value in values:

@@ -55,6 +55,10 @@ def ids(batches: Any) -> list[list[str]]:
     return [list(batch["id"]) for batch in batches]
 
 
+def flat(batches: Any) -> list[str]:
+    return [name for batch in ids(batches) for name in batch]
+
+
 def same(left: AtomicData, right: AtomicData) -> bool:
     assert left.keys() == right.keys()
     return all(torch.equal(left[k], right[k]) if isinstance(left[k], torch.Tensor) else left[k] == right[k] for k in left.keys())
@@ -74,7 +78,7 @@ def searches(monkeypatch):
 def test_random_split(dataset):
     splits = module({"cu": dataset}).splits()["cu"]
     assert [len(splits[part]) for part in ("train", "val", "test")] == [6, 3, 3]
-    assert sorted(sum(splits.values(), [])) == list(range(12))
+    assert sorted(i for frames in splits.values() for i in frames) == list(range(12))
     assert splits != module({"cu": dataset}, split=SplitConfig(fractions=ALL, seed=1)).splits()["cu"]
 
 
@@ -165,7 +169,7 @@ def test_budgets(budget, dataset):
     data = module({"cu": dataset}, split=SplitConfig(fractions={"train": 1.0}), **budget)
     batches = list(data.train_dataloader())
     assert len(batches) == data.batches_per_epoch()
-    assert sorted(sum(ids(batches), [])) == sorted(f"cu-{i}" for i in range(12))
+    assert sorted(flat(batches)) == sorted(f"cu-{i}" for i in range(12))
     assert max(batch.num_systems for batch in batches) <= (budget["batch_size"] or 12)
     assert max(batch.num_nodes for batch in batches) <= budget.get("max_atoms", 999)
     # the largest graph counts
@@ -184,7 +188,7 @@ def test_evaluation_is_in_order_with_batches_of_its_own(dataset):
     data = module({"cu": dataset}, batch_size=1, eval_batch_size=2)
     val = [f"cu-{i}" for i in data.splits()["cu"]["val"]]
     assert ids(data.val_dataloader()) == [val[:2], val[2:]]
-    assert sum(ids(data.test_dataloader()), []) == [f"cu-{i}" for i in data.splits()["cu"]["test"]]
+    assert flat(data.test_dataloader()) == [f"cu-{i}" for i in data.splits()["cu"]["test"]]
     assert [len(batch) for batch in ids(data.train_dataloader())] == [1] * 6
 
 

@@ -64,7 +64,7 @@ def test_a_sample_that_is_too_large_is_named():
     with pytest.raises(InputError, match=r"sample: frame 1: .*has 9 atoms, more than a batch may have \(max_atoms: 8\).*at least 9"):
         BudgetBatchSampler([3, 9, 5], max_atoms=8)
     places = [("a.xyz", 0), ("b.xyz", 7)]
-    with pytest.raises(InputError, match=r"b.xyz: frame 7: the structure has 60 edges, .*\(max_edges: 50\).*raise max_edges to at least 60"):
+    with pytest.raises(InputError, match=r"b.xyz: frame 7: the structure has 60 edges, .*\(max_edges: 50\).*to at least 60"):
         BudgetBatchSampler([1, 1], [50, 60], max_edges=50, place=places.__getitem__)
     assert list(BudgetBatchSampler([3, 9, 5], max_atoms=9)) == [[0], [1], [2]]
 

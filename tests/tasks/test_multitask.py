@@ -282,7 +282,7 @@ def test_other_schedules(make):
     module = make(target("energy"), lr_scheduler=lambda o: StepLR(o, 3))
     attach(module, Data(), max_epochs=1)
     assert isinstance(module.configure_optimizers()["lr_scheduler"]["scheduler"], StepLR)
-    module = make(target("energy"), lr_scheduler=lambda o: ReduceLROnPlateau(o))
+    module = make(target("energy"), lr_scheduler=ReduceLROnPlateau)
     attach(module, Data(), max_epochs=9, check_val_every_n_epoch=3)
     schedule = module.configure_optimizers()["lr_scheduler"]
     assert (schedule["monitor"], schedule["interval"], schedule["frequency"]) == ("val/loss", "epoch", 3)

@@ -73,7 +73,7 @@ def finished(make_recipe: Callable[..., Any], tmp_path_factory: pytest.TempPathF
 
 
 def test_report(finished):
-    cli, recipe, _ = finished
+    _, recipe, _ = finished
     html = (recipe.run / "report.html").read_text(encoding="utf-8")
     assert "<h1>Water &amp; methane</h1>" in html
     for heading in ("Learning curves", "Errors, val set", "Errors, test set", "Throughput", "Configuration", "Versions"):

@@ -12,7 +12,6 @@ from rich.console import Console
 from matfound.training import progress
 from matfound.training.progress import RunProgress, done, losses, place
 
-
 MODULE = Mock(spec=LightningModule)
 
 
