@@ -17,7 +17,7 @@ import ase.io
 import numpy as np
 import torch
 from ase import units
-from ase.lattice.cubic import SimpleCubicFactory
+from ase.build import bulk
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
@@ -25,16 +25,9 @@ from ase.md.verlet import VelocityVerlet
 from matfound import Calculator
 
 
-class Perovskite(SimpleCubicFactory):
-    """ABX3, five atoms in a cubic cell."""
-
-    bravais_basis = ((0, 0, 0), (0.5, 0.5, 0.5), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5))
-    element_basis = (0, 1, 2, 2, 2)
-
-
 def default_structure() -> ase.Atoms:
-    """KMgF3, 2×2×2 cubic cells, 40 atoms."""
-    return Perovskite()(("K", "Mg", "F"), latticeconstant=4.03, size=(2, 2, 2))
+    """MgO, 2×2×1 rocksalt cells, 32 atoms, at the lattice constant of PBE."""
+    return bulk("MgO", "rocksalt", a=4.25, cubic=True) * (2, 2, 1)
 
 
 def run(atoms: ase.Atoms, time_step: float, picoseconds: float, every: int = 1) -> dict[str, np.ndarray]:
@@ -63,8 +56,9 @@ def main() -> int:
     """Print the table and write the JSON; exit code 1 if a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo/model", help="checkpoint (default: %(default)s)")
-    parser.add_argument("--structure", help="file with the start structure, at least 32 atoms (default: 40 atoms of KMgF3)")
+    parser.add_argument("--structure", help="file with the start structure, at least 32 atoms (default: 32 atoms of MgO)")
     parser.add_argument("--head", help="level of theory")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--temperature", type=float, default=300.0, help="K")
     parser.add_argument("--time-step", type=float, default=0.5, help="fs")
     parser.add_argument("--picoseconds", type=float, default=5.0, help="length of the drift run")
@@ -78,7 +72,7 @@ def main() -> int:
         return 2
     atoms = ase.io.read(args.structure) if args.structure else default_structure()
     assert isinstance(atoms, ase.Atoms)
-    run.calculator = atoms.calc = Calculator(args.model, dtype="float64", head=args.head)  # type: ignore[attr-defined]
+    run.calculator = atoms.calc = Calculator(args.model, dtype="float64", head=args.head, device=args.device)  # type: ignore[attr-defined]
     start = time.perf_counter()
     rng = np.random.default_rng(0)
     thermalize_momenta(atoms, temperature_K=args.temperature, rng=rng)

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +19,18 @@ from matfound import unpickle
 from matfound.cli.lightning import CLI, train
 from matfound.cli.main import main
 from matfound.errors import InputError
+from matfound.report.html import Report
 
 BACKBONE = ("model", "potential", "init_args", "backbone", "init_args")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Reports without figures: drawing takes longer than training."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Report, "figure", lambda self, *args, **options: self)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +89,9 @@ def put(content: dict[str, Any], keys: tuple[Any, ...], value: Any) -> None:
 
 REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "unknown key": (("trainer", "max_epoch"), 3, "{file}: trainer: unknown key 'max_epoch' (did you mean 'max_epochs'?)"),
-    "unknown argument": ((*BACKBONE, "num_layer"), 3, "{file}: model.potential.init_args.backbone.init_args: unknown key 'num_layer' (did"),
-    "wrong type": (("data", "batch_size"), "big", "{file}: data.batch_size: expected a whole number or nothing, received 'big'"),
     "missing section": (("data",), None, "{file}: data: the key 'datasets' is missing"),
     "unknown field": (("model", "targets", 0, "field"), "energi", "{file}: unknown field 'energi' (did you mean 'energy'?"),
     "target without a head": (("model", "targets", 0, "field"), "gap", "{file}: no head of the model predicts the target 'gap'"),
-    "no targets": (("model", "targets"), [], "{file}: there are no targets"),
     "no budget": (("data", "batch_size"), None, "{file}: no batch budget is set"),
     "two ways to split": (("data", "split"), {"by": "formula", "stratify": "formula"}, "{file}: a split is either by a key or stratified"),
     "bad irreps": ((*BACKBONE, "irreps"), "4x0z", '{file}: Unable to convert string "4x0z" into an Irreps (check the recipe)'),
@@ -94,15 +101,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no such accelerator": (("trainer", "accelerator"), "tpu", "{file}: "),
     "several devices": (("trainer", "devices"), 2, "{file}: a run has one process, received 2 (set trainer.devices"),
     "no checkpoints": (("trainer", "enable_checkpointing"), False, "{file}: "),
-    "rare checkpoints": (("checkpoint",), {"every_n_train_steps": 0}, "{file}: checkpoint.every_n_train_steps must be at least 1"),
     "vocabulary": (
         ("model", "potential", "init_args", "datasets"),
         ["molecule"],
         "the data has a dataset 'molecules' that the model's voc",
     ),
     "no such data": (("data", "datasets", "molecules", "init_args", "paths"), "nowhere/x.xyz", "nowhere/x.xyz: no such file: the folder"),
-    "no such key": (("data", "split"), {"by": "grup"}, "{data}: no frame has the key 'grup'"),
-    "bad fractions": (("data", "split"), {"fractions": {"train": 2.0}}, "split fractions must be positive and sum to at most 1"),
     "negative rate": (
         ("model", "optimizer", "init_args", "lr"),
         -1.0,
@@ -205,7 +209,6 @@ def test_validate_and_test(finished, capsys):
     for verb, options in (
         ("validate", []),
         ("test", ["--ckpt_path", "last"]),
-        ("test", ["--ckpt_path", finished.run / "checkpoints/last.ckpt"]),
     ):
         assert main([verb, "--config", str(finished.folder / "recipe.yaml"), *map(str, options)]) == 0
         captured = capsys.readouterr()
@@ -282,6 +285,7 @@ def test_recipe_of_the_catalog_from_elsewhere(molecules, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.extxyz").write_bytes(molecules.read_bytes())
     options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.accelerator", "cpu"]
+    options += ["--model.potential.init_args.backbone.init_args.irreps", "4x0e"]
     assert main(["fit", "--config", "recipes/extxyz.yaml", *options]) == 0
     assert capsys.readouterr().out.rstrip().endswith("model: runs/extxyz/model  report: runs/extxyz/report.html")
     (tmp_path / "train.extxyz").rename(tmp_path / "other.extxyz")

@@ -66,7 +66,9 @@ class Server:
 
     def __init__(self) -> None:
         path = os.pathsep.join([str(HERE.parent.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        # Not measured: that takes its time, writes files of its own, and has a handler of SIGTERM.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -288,11 +288,10 @@ def test_naive_baselines(potential):
 @pytest.mark.parametrize(
     ("every", "trainer", "expected"),
     [
-        (5, {}, [(5, 0), (10, 0), (15, 1), (20, 1), (25, 2), (30, 2), (35, 2), (36, 3)]),
-        (12, {}, [(12, 1), (24, 2), (36, 3)]),
-        (1000, {}, [(36, 3)]),
-        (5, {"max_epochs": -1, "max_steps": 14}, [(5, 0), (10, 0), (14, 1)]),
-        (2, {"accumulate_grad_batches": 5, "max_epochs": 2}, [(2, 0), (4, 1), (6, 2)]),
+        (3, {}, [(3, 0), (6, 1), (9, 1), (12, 2)]),  # the sixth step ends an epoch, which is over when it is written
+        (1000, {}, [(12, 2)]),
+        (3, {"max_epochs": -1, "max_steps": 8}, [(3, 0), (6, 1), (8, 1)]),
+        (2, {"accumulate_grad_batches": 2}, [(2, 0), (4, 1), (6, 2)]),
         (5, {"fast_dev_run": True}, []),
     ],
 )
@@ -307,7 +306,7 @@ def test_when_resume_points_are_written(every, trainer, expected, recipe, monkey
 
     monkeypatch.setattr(SafeCheckpointIO, "save_checkpoint", watched)
     monkeypatch.setattr(RunReport, "on_fit_end", lambda *args: None)
-    recipe.content["trainer"].update(trainer)
+    recipe.content["trainer"].update({"limit_train_batches": 6, "max_epochs": 2} | trainer)
     recipe.content["checkpoint"]["every_n_train_steps"] = every
     cli = fit(recipe)
     assert saved == expected
