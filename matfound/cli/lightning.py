@@ -265,7 +265,8 @@ def _print_results(cli: CLI, console: "Console") -> None:
         table = report.tables.get(part)
         if table is not None and len(table):
             columns = ("field", "dataset", "n", "MAE", "baseline MAE", "unit", "accuracy")
-            rows = [{key: row[key] for key in columns if key in row} for row in table.rows(("dataset",))]
+            names = {"baseline MAE": "baseline"}  # 80 columns are few
+            rows = [{names.get(key, key): row[key] for key in columns if key in row} for row in table.rows(("dataset",))]
             console.print(terminal(rows, f"Errors, {part} set"))
             if part in report.left_out:
                 console.print(f"Left out for elements that were not trained on: {report.left_out[part]} structures")
