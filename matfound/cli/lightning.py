@@ -176,7 +176,7 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, ArithmeticError, LookupError, ImportError, MisconfigurationException) as error:
             cause = _input_error(error)
             if cause is None:
-                cause = InputError(_last_line(error), remedy="check the recipe")
+                cause = InputError(_in_short(error), remedy="check the recipe")
             raise cause.at(self.source or None) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -208,14 +208,14 @@ class CLI(LightningCLI):
                 raise
             modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
             if "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules:
-                problem, remedy = f"the checkpoint does not fit this run: {_last_line(error)}", "use the recipe that it was made with"
+                problem, remedy = f"the checkpoint does not fit this run: {_in_short(error)}", "use the recipe that it was made with"
                 raise InputError(problem, remedy=remedy, file=self.config[self.verb].ckpt_path) from error
             if modules[-1].startswith("lightning."):  # Lightning itself complains
-                raise InputError(_last_line(error), remedy="check trainer", file=self.source or None) from error
+                raise InputError(_in_short(error), remedy="check trainer", file=self.source or None) from error
             raise
 
 
-def _last_line(error: BaseException) -> str:
+def _in_short(error: BaseException) -> str:
     """What an exception says that may quote others, in one line: a union's alternatives, say."""
     lines = [line.strip(" -\t") for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Does not validate against any of the Union subtypes"):
@@ -246,7 +246,7 @@ def _print_metrics(cli: CLI, console: "Console") -> None:
 
     stage = {"validate": "val", "test": "test"}[cli.verb]
     values = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-    rows: list[dict[str, Any]] = [{"quantity": "loss", "value": values[f"{stage}/loss"], "unit": ""}]
+    rows: list[dict[str, Any]] = [{"quantity": "loss", "value": values.get(f"{stage}/loss"), "unit": ""}]
     for target in cli.model.targets:
         for metric in target.metrics:
             if (name := f"{stage}/{target.field}_{metric}") in values:
@@ -309,7 +309,7 @@ def train(argv: Sequence[str]) -> CLI:
             raise
         finally:
             # Lightning leaves Ctrl-C switched off.
-            if threading.current_thread() is threading.main_thread():
+            if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, handler)
 
 

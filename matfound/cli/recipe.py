@@ -295,7 +295,7 @@ def _base(arm: Any) -> tuple[Any, int]:
 def _check_object(value: Mapping[str, Any] | str, arm: Any, at: _At) -> None:
     base, given = _base(arm)
     if isinstance(value, str):
-        if value.endswith((".yaml", ".yml", ".json")) or Path(value).exists() or issubclass(base, os.PathLike):
+        if value.endswith((".yaml", ".yml", ".json")) or Path(value).exists() or (inspect.isclass(base) and issubclass(base, os.PathLike)):
             return
         value = {"class_path": value}
     if "class_path" not in value:

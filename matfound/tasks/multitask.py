@@ -30,7 +30,7 @@ class MultiTask(LightningModule):
     """Trains a potential on any set of targets.
 
     Args:
-        potential: the model.
+        potential: the model; to go on with a finished one, `class_path: matfound.models.checkpoint.load`.
         targets: what to learn; each needs a head.
         optimizer: makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
         lr_scheduler: makes the schedule from the optimizer, stepped after every optimizer step; one with a method `set_total_steps`
@@ -50,7 +50,9 @@ class MultiTask(LightningModule):
         fit_scales: bool = True,
     ) -> None:
         super().__init__()
-        self.potential = potential
+        self.potential = potential.train()
+        if not any(parameter.requires_grad for parameter in potential.parameters()):
+            potential.requires_grad_(True)  # it comes from `checkpoint.load`
         self.targets = targets
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.fit_scales = fit_scales
@@ -69,13 +71,17 @@ class MultiTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint."""
-        if stage == "fit" and self.fit_scales:
+        if stage != "fit":
+            return
+        if self.fit_scales:
             statistics = collect(self.trainer.datamodule.samples("train"), self.potential.datasets)  # type: ignore[attr-defined]
             self.potential.fit_scales(statistics)
             self._fit_loss_scales(statistics)
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):  # it has copied the model as it was before
-                    callback.setup(self.trainer, self, stage)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback.setup(self.trainer, self, stage)  # it has copied the model as it was before
+                # Buffers are constants, indices among them: averages of one and the same would round them.
+                callback._average_model.use_buffers = False  # type: ignore[union-attr]
 
     def _fit_loss_scales(self, statistics: Statistics) -> None:
         for target in self.targets:

@@ -218,7 +218,7 @@ def test_scales_are_fitted_to_the_training_data(make, structure):
     module = make(target("energy"), target("charges"), target("gap"))
     samples = [structure("water", energy=double(-2026.0 + e), charges=double(c, c, c)) for e, c in ((0.3, 2.0), (-0.3, -4.0))]
     samples.append(structure("salt", energy=double(-1995.0)))
-    callback = EMAWeightAveraging(use_buffers=False)
+    callback = EMAWeightAveraging()
     trainer = attach(module, Data(samples), callbacks=[callback], max_epochs=1)
     callback.setup(trainer, module, "fit")  # Lightning's order
     module.setup("fit")
@@ -226,9 +226,12 @@ def test_scales_are_fitted_to_the_training_data(make, structure):
     assert module.scales.charges.tolist() == [pytest.approx(10**0.5), 1.0]  # no charges in crystals
     assert module.scales.gap.tolist() == [1.0, 1.0]
     assert module.potential.elements(0) == module.potential.elements(1) == {1, 8}
-    average = callback._average_model.module
-    for name, buffer in module.named_buffers():
-        assert torch.equal(dict(average.named_buffers())[name].nan_to_num(), buffer.nan_to_num()), name
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    for _ in range(20):
+        callback._average_model.update_parameters(module)
+    # averaged weights have the same references, and indices that were not rounded
+    for name, buffer in callback._average_model.module.named_buffers():
+        assert torch.equal(buffer.nan_to_num(), before[name].nan_to_num()), name
 
 
 @pytest.mark.parametrize(("stage", "fit_scales"), [("validate", True), ("test", True), ("fit", False)])
@@ -303,3 +306,12 @@ def test_forward_is_the_potential(make, mixed):
     module = make(target("energy")).eval()
     assert torch.equal(module(mixed)["gap"], module.potential(mixed)["gap"])
     assert isinstance(module.potential, Potential)
+
+
+def test_a_finished_model_is_trained_on(potential):
+    """As `checkpoint.load` gives it: in eval mode, without gradients."""
+    module = MultiTask(potential.eval().requires_grad_(False), [target("energy")])
+    assert module.potential.training and all(parameter.requires_grad for parameter in module.parameters())
+    potential.backbone.requires_grad_(False)  # a user's own choice stays
+    module = MultiTask(potential, [target("energy")])
+    assert not any(parameter.requires_grad for parameter in module.potential.backbone.parameters())
