@@ -35,7 +35,7 @@ class MultiTask(LightningModule):
         optimizer: makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
         lr_scheduler: makes the schedule from the optimizer, stepped after every optimizer step; one with a method `set_total_steps`
             is told how many there will be. `ReduceLROnPlateau` is stepped after every validation, by `val/loss`.
-        fit_scales: fit references, scales and neighbour counts to the training data first; off for fine-tuning.
+        fit_scales: fit the model's references, scales and neighbour counts to the training data first; off for fine-tuning.
 
     Raises:
         InputError: no targets, two for one field, or one that no head predicts.
@@ -73,10 +73,10 @@ class MultiTask(LightningModule):
         """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint."""
         if stage != "fit":
             return
+        statistics = collect(self.trainer.datamodule.samples("train"), self.potential.datasets)  # type: ignore[attr-defined]
+        self._fit_loss_scales(statistics)
         if self.fit_scales:
-            statistics = collect(self.trainer.datamodule.samples("train"), self.potential.datasets)  # type: ignore[attr-defined]
             self.potential.fit_scales(statistics)
-            self._fit_loss_scales(statistics)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback.setup(self.trainer, self, stage)  # it has copied the model as it was before

@@ -235,12 +235,14 @@ def test_scales_are_fitted_to_the_training_data(make, structure):
 
 
 @pytest.mark.parametrize(("stage", "fit_scales"), [("validate", True), ("test", True), ("fit", False)])
-def test_scales_are_left_alone(stage, fit_scales, make):
-    module = make(target("energy"), fit_scales=fit_scales)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    attach(module, Data(), max_epochs=1)
+def test_scales_of_the_model_are_left_alone(stage, fit_scales, make, structure):
+    module = make(target("gap"), fit_scales=fit_scales)
+    before = {name: value.clone() for name, value in module.potential.state_dict().items()}
+    attach(module, Data([structure("water", gap=double(4.0))]), max_epochs=1)
     module.setup(stage)
-    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in module.state_dict().items())
+    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in module.potential.state_dict().items())
+    # errors are divided by the labels' size in any training
+    assert module.scales.gap.tolist() == [4.0 if stage == "fit" else 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

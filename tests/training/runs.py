@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 
 #: Imports once, then forks a process for every command: importing torch takes longer than the runs.
 SERVER = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, a CI run say, ignores it
 from matfound.cli.main import main
 import matfound.cli.lightning, matfound.models.nequip, matfound.data.files, matfound.report.html, matfound.report.plots
 matfound.report.html.Report.figure = lambda self, *args, **options: self  # drawing takes longer than training
