@@ -132,6 +132,20 @@ class DatasetCard(_Card):
                 raise InputError(f"{kind} is {found}, expected {expected}", remedy="fetch it again", file=path)
 
 
+class WeightsCard(_Card):
+    """Where published weights are: a file inside a PyPI package, whose code is never run."""
+
+    format: Literal["sevennet"] = Field(description="adapter in matfound.models.convert")
+    package: str = Field(description="PyPI package that holds the file")
+    version: str
+    file: str = Field(description="path inside the installed package's folder")
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    download_bytes: int = Field(gt=0, description="of the package")
+    licence: str
+    datasets: list[str] = Field(default_factory=list, description="names for the vocabulary where the file has none")
+
+
 class ModelCard(_Card):
     """`models/<family>/<size>.yaml`: what to build, and what is known about the result."""
 
@@ -142,8 +156,17 @@ class ModelCard(_Card):
     licence: str = ""
     references: list[str] = Field(default_factory=list, description="papers, as DOI or arXiv number")
     trained_on: list[str] = Field(default_factory=list)
-    weights: str = Field("", description="where published weights are, if there are any")
+    levels_of_theory: dict[str, str] = Field(default_factory=dict, description="of each dataset in the vocabulary")
+    published: WeightsCard | None = Field(None, description="published weights, if matfound reads them")
+    scores: dict[str, dict[str, float]] = Field(default_factory=dict, description="published scores: benchmark, metric, value")
+    scores_source: str = Field("", description="where the scores are from, and when")
     known_weaknesses: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _scores_have_a_source(self) -> "ModelCard":
+        if self.scores and not self.scores_source:
+            raise ValueError("scores need a scores_source")
+        return self
 
     @field_validator("class_path")
     @classmethod
@@ -183,8 +206,20 @@ def dataset(name: str) -> DatasetCard:
 
 
 def model(name: str) -> ModelCard:
-    """The card of a model, e.g. "nequip/small". Errors as for `find` and `read`."""
-    return read(find("models", name), ModelCard)
+    """The card of a model, by "nequip/sevennet-0" or, as file names are unique, by "sevennet-0". Errors as for `find` and `read`."""
+    return read(find("models", model_name(name)), ModelCard)
+
+
+def model_name(name: str) -> str:
+    """The full name of a model's card, e.g. "nequip/sevennet-0" of "SevenNet-0".
+
+    Raises:
+        InputError: there is no such card; the nearest is suggested.
+    """
+    known = {full.rpartition("/")[2]: full for full in names("models")} | {full: full for full in names("models")}
+    if name.lower() not in known:
+        raise InputError(f"no model is named '{name}'", remedy=nearest(name.lower(), known))
+    return known[name.lower()]
 
 
 def training_sets() -> dict[str, list[Path]]:
@@ -221,7 +256,7 @@ C = TypeVar("C", bound=_Card)
 @functools.cache
 def _keys(card: type[BaseModel]) -> set[str]:
     known: set[str] = set(card.model_fields)
-    for nested in (LabelCard, DataFile, SplitCard) if card is DatasetCard else ():
+    for nested in (LabelCard, DataFile, SplitCard) if card is DatasetCard else (WeightsCard,):
         known |= set(nested.model_fields)
     return known
 

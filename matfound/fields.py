@@ -75,6 +75,7 @@ FIELDS: dict[str, Field] = _table(
     Field("formal_charges", "atom", unit="e", description="formal charges of a molecule from SMILES"),
     Field("implicit_hydrogens", "atom", "int64", description="hydrogens that a molecule from SMILES does not list as atoms"),
     Field("dataset", "system", "int64", description="index into the checkpoint's dataset vocabulary (level of theory)"),
+    Field("head", "system", "str", ase_key="head", description="level of theory that a structure asks for, by its name in the vocabulary"),
     Field("id", "system", "str", ase_key="frame_id", description="name of the frame in its source"),
     Field("config_type", "system", "str", ase_key="config_type", description="kind of frame, for error tables"),
     # Graphs; `edge_index@name` and so on for a backbone's further graphs.

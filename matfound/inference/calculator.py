@@ -1,7 +1,9 @@
-"""The ASE calculator."""
+"""The ASE calculator of one model."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase
 import numpy as np
@@ -9,7 +11,6 @@ import torch
 from ase.calculators.calculator import Calculator as ASECalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.outputs import Properties, all_outputs
-from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.graphs.neighbors import SkinList
@@ -20,20 +21,74 @@ from matfound.structures.ase import from_atoms
 from matfound.structures.atomic_data import AtomicData, collate
 
 
-class Calculator(ASECalculator):
+#: What a model takes from `atoms.info`.
+INFO_INPUTS = ("charge", "spin", "head")
+
+
+class ModelCalculator(ASECalculator):
+    """What the calculators of one model and of several have in common: what counts as a change, and one calculation for everything."""
+
+    #: Level of theory for every structure; None leaves it to the structure.
+    head: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Neither is an input of a model: total charge and spin are, and they are in `info`.
+        self.ignored_changes = {"initial_charges", "initial_magmoms"}
+
+    def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; ASE itself does not look at `info` and tags."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if self.atoms is not None:
+            # array_equal: numbers and arrays of numpy, text and nothing at all are compared safely.
+            changes += [key for key in INFO_INPUTS if not np.array_equal(self.atoms.info.get(key), atoms.info.get(key))]
+            if self.head is not None and "head" in changes:
+                changes.remove("head")
+            if "numbers" not in changes and not np.array_equal(self.atoms.get_tags(), atoms.get_tags()):
+                changes.append("tags")
+        return changes
+
+    def calculate(
+        self,
+        atoms: ase.Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Set `self.results`; everything that the model predicts comes at once."""
+        self.results = {}
+        super().calculate(atoms, properties, system_changes)
+        if self.atoms is None:
+            raise InputError("there are no atoms to calculate", remedy="set atoms.calc, or hand atoms over")
+        sample = from_atoms(self.atoms, labels=False)
+        if set(properties) & {"stress", "stress_variance"} and not has_lattice(sample):
+            raise PropertyNotImplementedError("stress needs a lattice: this structure is not periodic, or its cell has no volume")
+        self.results = self._predict(sample)
+
+    def export_properties(self) -> Properties:
+        """The results that ASE has a place for."""
+        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
+
+    @abstractmethod
+    def _predict(self, sample: AtomicData) -> dict[str, Any]:
+        """The results for one structure, by ASE's names."""
+
+
+class Calculator(ModelCalculator):
     """A trained potential as an ASE calculator.
 
     `implemented_properties` are the model's outputs: energy (eV; also `free_energy`, the same, and `energies`, of each atom),
     forces (eV/Å), stress (eV/Å³, positive in tension, Voigt order xx, yy, zz, yz, xz, xy; none without a lattice), dipole (e·Å),
     charges (e), magmoms (μB), and what else the model predicts under the name of its field (`gap`, `dipole_magnitude`, …).
 
-    `atoms.info["charge"]` and `["spin"]` are read where the model uses them.
+    `atoms.info["charge"]`, `["spin"]` and `["head"]` (a level of theory in `model.datasets`) are read where the model uses them; a
+    change of one of them, or of the tags, asks for a new calculation.
 
     Args:
         model: name or folder of a checkpoint, or a `Potential` (which is copied).
         device: "cpu", "cuda", "cuda:1", …
         dtype: "float32" or "float64"; None takes the type of the weights. For tight relaxations and vibrations: "float64".
-        head: level of theory, a name in `model.datasets`; None takes the model's default for the kind of structure.
+        head: level of theory, a name in `model.datasets`; None takes `atoms.info["head"]`, else the model's default for the kind of
+            structure.
         skin: Å; the neighbour search is repeated only when an atom has moved by more than half of it.
 
     Raises:
@@ -51,50 +106,23 @@ class Calculator(ASECalculator):
         skin: float = 0.5,
     ) -> None:
         super().__init__()
-        # Neither is an input of a model: total charge and spin are, and they are in `info`.
-        self.ignored_changes = {"initial_charges", "initial_magmoms"}
         self.potential = ready(model, device, dtype)
         if head is not None:
             self.potential.dataset_index(head)
         self.head = head
         self.neighbors = SkinList(self.potential.graphs, skin=skin)
-        names = list(self.potential.outputs)
-        if "energy" in names:
-            names += ["free_energy", "energies"]
-        self.implemented_properties = names
+        self.implemented_properties = property_names(self.potential.outputs)
 
-    def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation; ASE itself does not look at `info` and tags."""
-        changes: list[str] = super().check_state(atoms, tol=tol)
-        if self.atoms is not None:
-            changes += [key for key in ("charge", "spin") if self.atoms.info.get(key) != atoms.info.get(key)]
-            if "numbers" not in changes and not np.array_equal(self.atoms.get_tags(), atoms.get_tags()):
-                changes.append("tags")
-        return changes
-
-    def calculate(
-        self,
-        atoms: ase.Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = tuple(all_changes),
-    ) -> None:
-        """Set `self.results`; everything that the model predicts comes at once."""
-        self.results = {}
-        super().calculate(atoms, properties, system_changes)
-        if self.atoms is None:
-            raise InputError("there are no atoms to calculate", remedy="set atoms.calc, or hand atoms over")
-        data = model_input(self.potential, from_atoms(self.atoms, labels=False), self.head)
-        if "stress" in properties and not has_lattice(data):
-            raise PropertyNotImplementedError("stress needs a lattice: this structure is not periodic, or its cell has no volume")
-        self.results = as_results(self._predict(data))
-
-    def export_properties(self) -> Properties:
-        """The results that ASE has a place for."""
-        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
-
-    def _predict(self, data: AtomicData) -> dict[str, Tensor]:
+    def _predict(self, sample: AtomicData) -> dict[str, Any]:
+        data = model_input(self.potential, sample, self.head)
         if not data.num_nodes:
-            return nothing(self.potential, data)
+            return as_results(nothing(self.potential, data))
         batch = collate([data]).to(next(self.potential.parameters()).device)
         self.neighbors.update(batch)
-        return clean(split(evaluate(self.potential, batch), batch)[0], data)
+        return as_results(clean(split(evaluate(self.potential, batch), batch)[0], data))
+
+
+def property_names(outputs: Iterable[str]) -> list[str]:
+    """Names of the results of a model with these outputs: with an energy, there are `free_energy` and `energies` too."""
+    names = list(outputs)
+    return names + (["free_energy", "energies"] if "energy" in names else [])

@@ -59,7 +59,8 @@ def usable_device(device: str | torch.device) -> torch.device:
 def model_input(potential: Potential, sample: AtomicData, dataset: str | None = None) -> AtomicData:
     """What the model needs of one (checked) structure, without labels and graphs; the sample itself is not touched.
 
-    The dataset index (level of theory) is that of `dataset`, else the one that the sample carries, else the model's default.
+    The dataset index (level of theory) is that of `dataset`, else of the sample's `head`, else the sample's `dataset`, else the model's
+    default.
 
     Raises:
         InputError: a dataset that the model does not have, or an element that it has not seen.
@@ -69,14 +70,26 @@ def model_input(potential: Potential, sample: AtomicData, dataset: str | None = 
         field = FIELDS[name.partition("@")[0]]
         if not field.label and field.level != "edge" and field.dtype != "str":
             data[name] = sample[name]
-    index = int(sample.dataset) if dataset is None and "dataset" in sample else -1
-    if index >= len(potential.datasets):
-        raise InputError(f"dataset index {index} is outside the model's {len(potential.datasets)} datasets")
-    if index < 0:
-        index = potential.choose_dataset(dataset, periodic=bool(sample.pbc.any()))
+    index = _dataset(potential, sample, dataset)
     data.dataset = torch.tensor([index])
     check_elements(potential, data.numbers, index)
     return data
+
+
+def _dataset(potential: Potential, sample: AtomicData, dataset: str | None) -> int:
+    if dataset is not None:
+        return potential.dataset_index(dataset)
+    head = sample.head if "head" in sample else ""
+    if head:
+        try:
+            return potential.dataset_index(head)
+        except InputError as error:
+            problem = f"the structure asks for the level of theory '{head}' (info 'head'), which the model does not have"
+            raise InputError(problem, remedy=f"{error.remedy}; head= overrides it") from None
+    index = int(sample.dataset) if "dataset" in sample else -1
+    if index >= len(potential.datasets):
+        raise InputError(f"dataset index {index} is outside the model's {len(potential.datasets)} datasets")
+    return index if index >= 0 else potential.choose_dataset(None, periodic=bool(sample.pbc.any()))
 
 
 def check_elements(potential: Potential, numbers: Tensor, dataset: int) -> None:
@@ -118,7 +131,8 @@ def predict(
     Args:
         potential: is used in eval mode.
         structures: without graphs (those that they have are not used).
-        dataset: name in `potential.datasets`; None leaves it to each structure, then to the model's default.
+        dataset: name in `potential.datasets`; None leaves it to each structure (its `head`, then its `dataset`), then to the model's
+            default.
         max_atoms: batches are filled up to so many atoms; a larger structure gets a batch of its own.
         device: where to compute; the potential is moved there. Default: where it is.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ase
 import numpy as np
+from ase.calculators.calculator import BaseCalculator
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.geometry import find_mic
@@ -32,6 +33,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"FIRE": FIRE, "LBFGS": LBFGS, "BFGS": 
 #: A relaxation is given up beyond this force (eV/Å) and beyond this factor in volume, up or down.
 MAX_FORCE = 1e4
 MAX_VOLUME_CHANGE = 3.0
+#: Results that are not kept beside the energy.
+_REDUNDANT = ("free_energy", "energies", "stresses")
 #: Symmetry is looked for up to this many atoms (the search is cubic).
 MAX_ATOMS_SYMMETRY = 200
 SYMPREC = 0.01
@@ -45,8 +48,8 @@ class Relaxation:
         atoms: the last structure with what the model predicts for it, see `matfound.inference.results.annotate`.
         converged: whether fmax fell below the threshold.
         steps: taken.
-        trace: for each step from 0: "step", "energy" (eV), "fmax" (eV/Å: what converges; with the cell, the forces on the
-            lattice are among them) and, with the cell, "max_stress" (eV/Å³) and "volume" (Å³).
+        trace: for each step from 0: "step", "energy" (eV), "fmax" (eV/Å: what converges, see `relax`) and, with the cell,
+            "max_stress" (eV/Å³) and "volume" (Å³).
         before: "energy" (eV), "energy_per_atom", "fmax" (eV/Å, of the atoms that are free) and, with a lattice, "volume" (Å³),
             "max_stress" (eV/Å³) and "space_group".
         after: the same, and "max_displacement" (Å).
@@ -89,7 +92,7 @@ def _show(value: Any, form: str) -> str:
 
 def relax(
     structure: "ase.Atoms | AtomicData | Structure | Molecule",
-    model: str | Path | Potential | Calculator,
+    model: str | Path | Potential | BaseCalculator,
     *,
     cell: bool = False,
     fmax: float = 0.05,
@@ -99,25 +102,27 @@ def relax(
     dtype: str | None = None,
     device: str = "cpu",
     trajectory: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Relaxation:
     """Relax a structure with ASE; the structure given is not changed.
 
-    Constraints stay in force. With `cell`, lattice and atoms relax together (`ase.filters.FrechetCellFilter`; the forces on the
-    lattice, eV per atom, must fall below `fmax` too), and fixed atoms keep their fractional coordinates.
+    Constraints stay in force. With `cell`, lattice and atoms relax together in a `ase.filters.FrechetCellFilter`, and fixed atoms keep
+    their fractional coordinates. The steps, and where they end, are those of ASE's own `optimizer(atoms).run(fmax, steps=max_steps)`.
 
     Args:
         structure: ase.Atoms, `AtomicData`, or a pymatgen Structure or Molecule.
-        model: name or folder of a checkpoint, a `Potential`, or a `Calculator` (then `head`, `dtype` and `device` are its own).
+        model: name or folder of a checkpoint, a `Potential`, or an ASE calculator, such as a `Calculator` or `Committee` or one of them
+            in a `SumCalculator` (then `head`, `dtype` and `device` are its own).
         cell: relax the lattice, too; it must be periodic along all three vectors.
-        fmax: the largest force that counts as converged, eV/Å.
+        fmax: converged when no force is larger, eV/Å. As in ASE, with `cell` these are the forces of the filter: on the atoms, by the
+            deformation of the cell since the start, and on the lattice, eV per atom.
         max_steps: give up after so many.
         optimizer: "FIRE" (robust), "LBFGS" or "BFGS" (fewer steps near a minimum).
         head: level of theory, see `Calculator`.
         dtype: see `Calculator`.
         device: see `Calculator`.
         trajectory: an ASE .traj file to write every step to.
-        progress: show a line with step, energy and fmax.
+        progress: show a line with step, energy and fmax; a str stands at its beginning.
 
     Raises:
         InputError: what the model cannot do or take; or a relaxation that runs away (force above 1e4 eV/Å, volume more than three
@@ -128,33 +133,32 @@ def relax(
         raise InputError(f"unknown optimizer '{optimizer}'", remedy=nearest(optimizer, OPTIMIZERS))
     if not fmax > 0 or max_steps < 0:
         raise InputError(f"fmax must be positive and max_steps not negative, received {fmax} and {max_steps}")
-    calculator = model if isinstance(model, Calculator) else Calculator(model, device=device, dtype=dtype, head=head)
+    calculator = model if isinstance(model, BaseCalculator) else Calculator(model, device=device, dtype=dtype, head=head)
     _require(calculator, atoms, cell)
     atoms.calc = calculator
     initial = atoms.copy()
     before = measure(atoms, stress=cell)
     trace: list[Step] = []
     with ExitStack() as stack:
-        show = stack.enter_context(_Line(fmax)) if progress else None
+        show = stack.enter_context(_Line(fmax, progress if isinstance(progress, str) else "")) if progress else None
         file = None
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(Trajectory(str(trajectory), "w", atoms))
         target: Any = _CellFilter(atoms) if cell else atoms
-        # ASE's own criterion takes the filter's forces alone, which are not quite those on the atoms; with 0 it never stops.
-        for _ in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=0.0, steps=max_steps):
+        converged = False
+        for converged in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=fmax, steps=max_steps):
             trace.append(_step(target, atoms, len(trace)))
             if file is not None:
                 file.write()
             if show is not None:
                 show(trace[-1])
             _stop_if_wild(trace, before)
-            if trace[-1]["fmax"] < fmax:
-                break
     after = measure(atoms, stress=cell) | {"max_displacement": largest_displacement(initial, atoms)}
     held = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.get_indices()}
-    atoms = annotate(atoms, calculator.results, calculator.potential.outputs)
-    return Relaxation(atoms, trace[-1]["fmax"] < fmax, len(trace) - 1, trace, before, after, fmax, len(held), initial)
+    names = [name for name in calculator.implemented_properties if name not in _REDUNDANT]
+    atoms = annotate(atoms, calculator.results, names)
+    return Relaxation(atoms, bool(converged), len(trace) - 1, trace, before, after, fmax, len(held), initial)
 
 
 def as_atoms(structure: Any) -> ase.Atoms:
@@ -222,7 +226,7 @@ def _largest(vectors: np.ndarray) -> float:
     return float(np.sqrt((np.asarray(vectors) ** 2).sum(1).max(initial=0.0)))
 
 
-def _require(calculator: Calculator, atoms: ase.Atoms, cell: bool) -> None:
+def _require(calculator: BaseCalculator, atoms: ase.Atoms, cell: bool) -> None:
     if not len(atoms):
         raise InputError("there are no atoms to relax")
     for needed in ("energy", "forces", *(["stress"] if cell else [])):
@@ -249,9 +253,8 @@ class _CellFilter(FrechetCellFilter):
 
 
 def _step(target: "ase.Atoms | _CellFilter", atoms: ase.Atoms, step: int) -> Step:
-    out: Step = {"step": step, "energy": float(atoms.get_potential_energy()), "fmax": _largest(atoms.get_forces())}
+    out: Step = {"step": step, "energy": float(atoms.get_potential_energy()), "fmax": _largest(target.get_forces())}
     if target is not atoms:
-        out["fmax"] = max(out["fmax"], _largest(target.get_forces()))
         out |= {"max_stress": float(np.abs(atoms.get_stress()).max()), "volume": float(atoms.cell.volume)}
     return out
 
@@ -273,10 +276,10 @@ def _stop_if_wild(trace: list[Step], before: dict[str, Any]) -> None:
 class _Line(AbstractContextManager[Callable[[Step], None]]):
     """A line on the terminal that is rewritten at every step; nothing where there is no terminal."""
 
-    def __init__(self, fmax: float) -> None:
+    def __init__(self, fmax: float, prefix: str = "") -> None:
         from rich.console import Console
 
-        self.fmax = fmax
+        self.fmax, self.prefix = fmax, f"{prefix}   " if prefix else ""
         self.status = Console(stderr=True).status("starting", spinner="dots")
 
     def __enter__(self) -> Callable[[Step], None]:
@@ -287,7 +290,7 @@ class _Line(AbstractContextManager[Callable[[Step], None]]):
         """Write the numbers of a step."""
         volume = f"   volume {now['volume']:.3f} Å³" if "volume" in now else ""
         self.status.update(
-            f"step {now['step']:4.0f}   energy {now['energy']:.5f} eV   fmax {now['fmax']:.4f} eV/Å (target {self.fmax:g}){volume}"
+            f"{self.prefix}step {now['step']:4.0f}   energy {now['energy']:.5f} eV   fmax {now['fmax']:.4f} eV/Å (target {self.fmax:g}){volume}"
         )
 
     def __exit__(self, *error: object) -> None:

@@ -14,6 +14,8 @@ from matfound.fields import FIELDS
 
 #: Prefix of the labels that predictions take the place of.
 REFERENCE = "REF_"
+#: Ending of the variance of a field over the members of a committee.
+VARIANCE = "_variance"
 
 
 def as_results(predictions: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def annotate(atoms: ase.Atoms, results: Mapping[str, Any], names: Iterable[str])
 def _put(atoms: ase.Atoms, key: str, value: Any, keep: bool = False) -> None:
     array = np.asarray(value)
     # A Voigt stress of a six-atom structure, say, is no array of its atoms: by name where the field is known, else by shape.
-    field = FIELDS.get(key.removeprefix(REFERENCE))
+    field = FIELDS.get(key.removeprefix(REFERENCE).removesuffix(VARIANCE))
     per_atom = field.level == "atom" if field else array.ndim > 0 and len(array) == len(atoms)
     place: Any = atoms.arrays if per_atom else atoms.info
     if keep and (key in atoms.info or key in atoms.arrays):

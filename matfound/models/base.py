@@ -94,14 +94,17 @@ class Potential(Configurable):
         return set(self.backbone.elements).intersection(*known)
 
     def dataset_index(self, name: str) -> int:
-        """Index of a dataset in the vocabulary.
+        """Index of a dataset in the vocabulary; upper and lower case count only where two names differ in nothing else.
 
         Raises:
             InputError: unknown name.
         """
-        if name not in self.datasets:
-            raise InputError(f"the model has no dataset '{name}'", remedy=nearest(name, self.datasets))
-        return self.datasets.index(name)
+        if name in self.datasets:
+            return self.datasets.index(name)
+        alike = [index for index, known in enumerate(self.datasets) if known.lower() == name.lower()]
+        if len(alike) != 1:
+            raise InputError(f"the model has no level of theory '{name}'", remedy=nearest(name, self.datasets))
+        return alike[0]
 
     def choose_dataset(self, name: str | None, *, periodic: bool) -> int:
         """Index of the level of theory to use for a structure; see `default_dataset`.

@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 import matfound
-from matfound import fields
+from matfound import catalog, fields
 from matfound.errors import InputError, nearest
 from matfound.models.base import Potential, build
 from matfound.models.upgrades import FORMAT_VERSION, upgrade
@@ -97,16 +97,22 @@ def _backup(folder: Path) -> Path:
 
 
 def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Potential:
-    """The potential of a checkpoint folder, ready for inference.
+    """The potential of a checkpoint folder, or of published weights by their name, ready for inference.
 
     Args:
-        model: the folder.
+        model: the folder; where there is none of that name, a published model such as "sevennet-0" (see `matfound.models.published`).
         device: where to put it.
         dtype: float32 or float64 for the weights; None keeps the stored type. References stay float64.
 
     Raises:
         InputError: not a checkpoint, damaged, or of a newer format; names the file and the remedy.
     """
+    name = os.fspath(model)
+    if not Path(model).exists() and _is_published(name):
+        from matfound.models import published
+
+        potential = published.load(name)
+        return potential.to(device=device, dtype=None if dtype is None else as_dtype(dtype))
     folder = _find(model)
     config, state = _read(folder)
     try:
@@ -146,6 +152,10 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def _is_published(name: str) -> bool:
+    return name.lower() in {short for full in catalog.names("models") for short in (full, full.rpartition("/")[2])}
+
+
 def _find(model: str | os.PathLike[str]) -> Path:
     folder = Path(model)
     if not folder.exists() and (_backup(folder) / CONFIG).exists():
@@ -157,7 +167,8 @@ def _find(model: str | os.PathLike[str]) -> Path:
     if folder.exists():
         raise InputError(f"not a matfound checkpoint: there is no {CONFIG} in it", remedy="name the checkpoint folder", file=folder)
     near = [str(p.parent) for p in folder.parent.glob(f"*/{CONFIG}")] if folder.parent.is_dir() else []
-    raise InputError(f"there is no checkpoint '{model}'", remedy=nearest(str(folder), near) if near else "name a checkpoint folder")
+    near += [name.rpartition("/")[2] for name in catalog.names("models")]
+    raise InputError(f"there is no checkpoint or published model '{model}'", remedy=nearest(str(folder), near))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ arXiv:2402.03789: the same network with a linear self-connection; its published 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from e3nn.o3 import Irreps
@@ -19,6 +19,7 @@ from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
+from matfound.nn.heads import atom_dataset
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
@@ -39,6 +40,7 @@ class Interaction(nn.Module):
         num_elements: for the element-wise self-connection.
         self_connection: "linear" (SevenNet), "nequip" (a matrix an element) or "none".
         normalize_radial: second-moment factor in the weight network (see `RadialMLP`).
+        modalities: width of the one-hot vector that is appended to the scalars of both linear maps.
         backend: of the tensor product, see `matfound.ops.backends`.
     """
 
@@ -53,6 +55,7 @@ class Interaction(nn.Module):
         num_elements: int,
         self_connection: SelfConnection,
         normalize_radial: bool = True,
+        modalities: int = 0,
         backend: str = "reference",
     ) -> None:
         super().__init__()
@@ -60,9 +63,10 @@ class Interaction(nn.Module):
         irreps_gate = str(self.gate.irreps_in)
         self.spec = TensorProductSpec.full(irreps_in, irreps_sh, irreps_gate)
         self.backend = backend
-        self.linear_in = IrrepsLinear(irreps_in, irreps_in)
+        extra = f"+{modalities}x0e" if modalities else ""
+        self.linear_in = IrrepsLinear(irreps_in + extra, irreps_in)
         self.weight_network = RadialMLP([*radial, self.spec.weight_numel], normalize=normalize_radial)
-        self.linear_out = IrrepsLinear(self.spec.irreps_out, irreps_gate)
+        self.linear_out = IrrepsLinear(self.spec.irreps_out + extra, irreps_gate)
         self.elementwise = self_connection == "nequip"
         self.self_connection = None
         if self_connection != "none":
@@ -77,11 +81,13 @@ class Interaction(nn.Module):
         radial: Float[Tensor, "edges num"],
         source: Int[Tensor, " edges"],
         target: Int[Tensor, " edges"],
+        modality: Float[Tensor, "atoms modalities"] | None = None,
     ) -> Float[Tensor, "atoms dim_out"]:
         """New features of each atom."""
         weights = self.weight_network(radial)
-        messages = tensor_product_gather_sum(self.spec, self.linear_in(x), harmonics, weights, source, target, self.backend)
-        out = self.linear_out(messages / self.denominator)
+        sent = self.linear_in(_append(x, modality))
+        messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend)
+        out = self.linear_out(_append(messages / self.denominator, modality))
         if self.self_connection is not None:
             out = out + self.self_connection(x, element if self.elementwise else None)
         return self.gate(out)
@@ -105,11 +111,15 @@ class NequIP(Backbone):
         trainable_basis: train the frequencies of the Bessel functions.
         normalize_harmonics: harmonics of directions; False: of raw vectors (SevenNet-0 of May 2024).
         normalize_radial: second-moment factor in the weight networks.
+        embedding_scale: factor of the element embedding.
+        modalities: SevenNet's multi-fidelity models: for each dataset of the vocabulary the row of a one-hot vector that is appended to
+            the scalars in both linear maps of every layer and in the readout (arXiv:2409.07947); None has none.
         backend: of the tensor products.
     """
 
     channels: int
     element_row: Tensor
+    modality_row: Tensor
 
     def __init__(
         self,
@@ -128,6 +138,8 @@ class NequIP(Backbone):
         trainable_basis: bool = True,
         normalize_harmonics: bool = True,
         normalize_radial: bool = True,
+        embedding_scale: float = 1.0,
+        modalities: Sequence[int] | None = None,
         backend: str = "reference",
     ) -> None:
         super().__init__()
@@ -139,13 +151,18 @@ class NequIP(Backbone):
         scalars = Irreps([(mul, ir) for mul, ir in hidden if ir.l == 0 and ir.p == 1])
         if not scalars:
             raise InputError(f"irreps needs even scalars (0e), received '{irreps}'")
-        self.channels = scalars.dim
+        self.modalities = list(modalities or [])
+        self.num_modalities = max(self.modalities, default=-1) + 1
+        self.channels = scalars.dim + self.num_modalities
+        self.embedding_scale = embedding_scale
         self.lmax, self.normalize_harmonics = lmax, normalize_harmonics
         parity = -1 if symmetry == "E3" else 1
         irreps_sh = str(Irreps([(1, (l, parity**l)) for l in range(lmax + 1)]))
         self.elements = frozenset(elements)
         self.register_buffer("element_row", _element_rows(elements))
-        self.embedding = nn.Parameter(torch.randn(len(elements), self.channels))
+        if self.modalities:
+            self.register_buffer("modality_row", torch.tensor(self.modalities))
+        self.embedding = nn.Parameter(torch.randn(len(elements), scalars.dim))
         cut: PolynomialCutoff | XPLORCutoff
         if envelope == "polynomial":
             cut = PolynomialCutoff(cutoff, envelope_p)
@@ -159,7 +176,10 @@ class NequIP(Backbone):
             out = str(scalars) if n == num_layers - 1 else _reachable(current, irreps_sh, hidden)
             connection: SelfConnection = "none" if self_connection == "nequip" and n == 0 else self_connection
             layers.append(
-                Interaction(current, out, irreps_sh, [num_basis, *radial_hidden], len(elements), connection, normalize_radial, backend)
+                Interaction(
+                    current, out, irreps_sh, [num_basis, *radial_hidden], len(elements), connection, normalize_radial,
+                    self.num_modalities, backend,
+                )  # fmt: skip
             )
             current = str(layers[-1].gate.irreps_out)
         self.layers = nn.ModuleList(layers)
@@ -174,8 +194,20 @@ class NequIP(Backbone):
         """Features of every atom; the batch carries the graph "main"."""
         vectors = edge_vectors(batch).detach().requires_grad_(torch.is_grad_enabled())
         source, target = batch.edge_index
-        scalars = self.features(batch.numbers, vectors, source, target)
-        return NodeFeatures(scalars=scalars, vectors={MAIN_GRAPH: vectors})
+        modality = self._modality(batch)
+        scalars = self.features(batch.numbers, vectors, source, target, modality)
+        return NodeFeatures(scalars=_append(scalars, modality), vectors={MAIN_GRAPH: vectors})
+
+    def grown(self, parent: int) -> dict[str, Any]:
+        """A new dataset shares the modality of its parent."""
+        return {"modalities": [*self.modalities, self.modalities[parent]]} if self.modalities else {}
+
+    def _modality(self, batch: AtomicData) -> Float[Tensor, "atoms modalities"] | None:
+        """The one-hot vector of each atom's modality."""
+        if not self.modalities:
+            return None
+        rows = self.modality_row[atom_dataset(batch)]
+        return nn.functional.one_hot(rows, self.num_modalities).to(self.embedding.dtype)
 
     def features(
         self,
@@ -183,16 +215,21 @@ class NequIP(Backbone):
         vectors: Float[Tensor, "edges 3"],
         source: Int[Tensor, " edges"],
         target: Int[Tensor, " edges"],
-    ) -> Float[Tensor, "atoms channels"]:
+        modality: Float[Tensor, "atoms modalities"] | None = None,
+    ) -> Float[Tensor, "atoms scalars"]:
         """The network on bare tensors: vectors in Å, float64, cast to the weights' type here."""
         element = self.element_row[numbers]
-        x = self.embedding[element]
+        x = self.embedding[element] * self.embedding_scale
         v = vectors.to(x.dtype)
         radial = self.basis(torch.linalg.vector_norm(v, dim=1))
         harmonics = spherical_harmonics(v, self.lmax, normalize=self.normalize_harmonics)
         for layer in self.layers:
-            x = layer(x, element, harmonics, radial, source, target)
+            x = layer(x, element, harmonics, radial, source, target, modality)
         return x
+
+
+def _append(x: Float[Tensor, "atoms dim"], modality: Float[Tensor, "atoms modalities"] | None) -> Float[Tensor, "atoms all"]:
+    return x if modality is None else torch.cat([x, modality], dim=1)
 
 
 def _element_rows(elements: Sequence[int]) -> Int[Tensor, "119"]:

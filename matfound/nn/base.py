@@ -125,6 +125,10 @@ class Backbone(Configurable):
     def forward(self, batch: AtomicData) -> NodeFeatures:
         raise NotImplementedError
 
+    def grown(self, parent: int) -> dict[str, Any]:
+        """Arguments that change when the vocabulary grows by a dataset that starts as a copy of `parent`. Default: none."""
+        return {}
+
     def fit_scales(self, statistics: "Statistics") -> None:
         """Set what depends on the training data (mean neighbour counts, …) before training starts. Default: nothing."""
 

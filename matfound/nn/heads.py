@@ -184,6 +184,7 @@ class EnergyHead(Head):
         activation: of the hidden layers; "none" for SevenNet's linear readout.
         forces: predict forces, -dE/dpos.
         stress: predict stress, (1/V) dE/dstrain.
+        shared: one last layer for all datasets; scale and reference are theirs all the same.
     """
 
     def __init__(
@@ -192,15 +193,16 @@ class EnergyHead(Head):
         activation: Literal["silu", "none"] = "silu",
         forces: bool = True,
         stress: bool = True,
+        shared: bool = False,
     ) -> None:
         super().__init__()
-        self.hidden, self.activation = tuple(hidden), activation
+        self.hidden, self.activation, self.shared = tuple(hidden), activation, shared
         self.forces, self.stress = forces, stress
         self.conservative = forces or stress
         self.outputs = ("energy", *(["forces"] if forces else []), *(["stress"] if stress else []))
 
     def bind(self, channels: int, datasets: int) -> None:
-        self.readout = Readout(channels, self.hidden, 1, datasets, self.activation)
+        self.readout = Readout(channels, self.hidden, 1, 1 if self.shared else datasets, self.activation)
         self.table = Float64Buffers(scale=torch.ones(datasets, 119), reference=torch.full((datasets, 119), torch.nan))
 
     def elements(self, dataset: int) -> set[int]:

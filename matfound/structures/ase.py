@@ -30,7 +30,7 @@ def from_atoms(atoms: ase.Atoms, *, keys: KeyMap | None = None, labels: bool = T
     the field table, else under `REF_<ase_key>`; a field named in `keys` only from there. Results that belong to other positions,
     elements, cell or periodicity than the Atoms have now are not used. Stress is accepted as six numbers, (3, 3) or nine, and is
     ignored where there is no lattice to have one; virials become stress = -virial / volume (see `matfound.structures.keys`). A dipole
-    also gives `dipole_magnitude`. `FixAtoms` gives `fixed`; `charge` and `spin` come from `atoms.info`.
+    also gives `dipole_magnitude`. `FixAtoms` gives `fixed`; `charge`, `spin` and `head` come from `atoms.info`.
 
     Args:
         atoms: one structure; lattice vectors without periodicity are kept as they are.

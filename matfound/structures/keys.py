@@ -71,7 +71,7 @@ def voigt_indices(order: str) -> list[tuple[int, int]]:
 
 def readable_fields() -> list[str]:
     """Names of the fields that a key can be given for: labels and optional inputs, not the structure itself."""
-    inputs = ("tags", "charge", "spin", "id", "config_type")
+    inputs = ("tags", "charge", "spin", "head", "id", "config_type")
     return [name for name, field in FIELDS.items() if name in inputs or field.label]
 
 

@@ -1,0 +1,44 @@
+"""Checkpoints of other projects: one adapter file a format. Their code is never imported, and no pickle is trusted."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from matfound import unpickle
+from matfound.errors import InputError
+from matfound.models.base import Potential
+from matfound.models.convert import sevennet
+
+#: Raised when a conversion changes, so that cached copies are made anew.
+CONVERTER_VERSION = 1
+
+
+def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence: str = "") -> Potential:
+    """The potential of a foreign checkpoint, which is recognised by its content.
+
+    Args:
+        file: a SevenNet checkpoint (`torch.save`, ending in .pth).
+        datasets: names for the vocabulary where the file has none.
+        licence: of the weights.
+
+    Returns:
+        in eval mode, with the weights' own type; it reproduces the original's outputs.
+
+    Raises:
+        InputError: not a format that is read, damaged, or with parts that are not known; names the file and those parts.
+    """
+    content = unpickle.load(file)
+    try:
+        if not sevennet.recognises(content):
+            raise InputError(f"not a checkpoint that can be converted: {_kind(content)}", remedy="give a SevenNet checkpoint (.pth)")
+        potential = sevennet.convert(content, datasets, licence)  # type: ignore[arg-type]
+    except InputError as error:
+        raise error.at(file) from None
+    return potential.eval().requires_grad_(False)
+
+
+def _kind(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"the file holds a {type(content).__name__}"
+    keys = [str(key) for key in content]
+    return "it has the keys " + ", ".join(keys[:8]) + (", …" if len(keys) > 8 else "") if keys else "it is empty"

@@ -1,0 +1,338 @@
+"""SevenNet checkpoints (arXiv:2402.03789; modalities: arXiv:2409.07947) as `NequIP` potentials.
+
+What differs between the files: key names (until May 2024), the order of the radial weights (until version 0.11 that of the paths before
+sorting, then that of the sorted output blocks), whether harmonics are normalised, and the signs of some Clebsch-Gordan blocks, which
+e3nn changed between 0.4 and 0.6. Each file stores the blocks that it was trained with; where ours has the other sign, the weights of
+that path change theirs.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from e3nn.o3 import Irrep, Irreps, wigner_3j
+from torch import Tensor
+
+from matfound.errors import InputError
+from matfound.models.base import Potential
+from matfound.models.nequip import Interaction, NequIP
+from matfound.nn.heads import EnergyHead
+
+#: Key names until May 2024, after blanks have become underscores.
+_OLD_NAMES = {
+    "EdgeEmbedding.": "edge_embedding.",
+    "denumerator": "denominator",
+    "reducing_nn_input_to_hidden": "reduce_input_to_hidden",
+    "reducing_nn_hidden_to_energy": "reduce_hidden_to_energy",
+}
+#: Constants of e3nn: empty weights and biases, masks of ones, Clebsch-Gordan blocks.
+_CONSTANTS = re.compile(r"\.(output_mask|bias|_w3j_\d_\d_\d)$|\.(convolution|mul)\.weight$")
+_COUPLINGS = re.compile(r"_w3j_(\d)_(\d)_(\d)$")
+#: Radial weights are in the order of the sorted output blocks from here on.
+_SORTED_FROM = (0, 11)
+#: Options of the training file, and the only value of each that the network here has.
+_FIXED: dict[str, Any] = {
+    "_model_type": "E3_equivariant_model",
+    "interaction_type": "nequip",
+    "use_bias_in_linear": False,
+    "readout_as_fcn": False,
+    "act_radial": "silu",
+    "use_modal_node_embedding": False,
+}
+_ACTIVATIONS = {"act_scalar": {"e": "silu", "o": "tanh"}, "act_gate": {"e": "silu", "o": "tanh"}}
+_MODAL_PARTS = ("use_modal_self_inter_intro", "use_modal_self_inter_outro", "use_modal_output_block")
+
+
+def recognises(content: object) -> bool:
+    """Whether unpickled content is a SevenNet checkpoint."""
+    return isinstance(content, dict) and {"model_state_dict", "config"} <= content.keys() and "_type_map" in content["config"]
+
+
+def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: str = "") -> Potential:
+    """The potential of an unpickled checkpoint; see `matfound.models.convert.convert`."""
+    config = _Config.of(content["config"])
+    state = _State(content["model_state_dict"])
+    names = config.modalities or list(datasets or ["default"])
+    if len(datasets) > 1 and list(datasets) != names:
+        raise InputError(f"the file has the levels of theory {', '.join(names)}, received {', '.join(datasets)}", remedy="leave them out")
+    width = state.peek("reduce_input_to_hidden.linear.weight").numel()
+    hidden = state.peek("reduce_hidden_to_energy.linear.weight").numel()
+    backbone = config.backbone(state)
+    head = EnergyHead(hidden=[hidden], activation="none", shared=True) if config.modalities else EnergyHead([hidden], activation="none")
+    potential = Potential(backbone, {"energy": head}, names, licence=licence)
+    with torch.no_grad():
+        _load_backbone(backbone, config, state)
+        _load_readout(head, config, state, width // hidden)
+    state.finish()
+    return potential
+
+
+class _State:
+    """The tensors, under the present names; each is taken once."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.left: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise InputError(f"'{key}' is no tensor but {type(value).__name__}", remedy="get the file again")
+            name = key.replace(" ", "_")
+            for old, new in _OLD_NAMES.items():
+                name = name.replace(old, new)
+            self.left[name] = value
+
+    def peek(self, key: str) -> Tensor:
+        if key not in self.left:
+            raise InputError(f"the tensor '{key}' is missing", remedy="get the file again, or it is of an unknown kind")
+        return self.left[key]
+
+    def take(self, key: str, *shape: int) -> Tensor:
+        """The tensor, which has to be of this shape.
+
+        Raises:
+            InputError: it is missing, of another shape, or not finite.
+        """
+        value = self.peek(key)
+        expected = 1
+        for size in shape:
+            expected *= size
+        if shape and value.numel() != expected:
+            raise InputError(f"the tensor '{key}' has shape {tuple(value.shape)}, expected {expected} numbers, {shape}")
+        if not torch.isfinite(value).all():
+            raise InputError(f"the tensor '{key}' has values that are not finite", remedy="get the file again")
+        del self.left[key]
+        return value.reshape(shape) if shape else value
+
+    def couplings(self, layer: int) -> dict[tuple[int, int, int], Tensor]:
+        """Clebsch-Gordan blocks that a layer was trained with."""
+        prefix = f"{layer}_convolution."
+        found = {}
+        for key, value in self.left.items():
+            match = _COUPLINGS.search(key)
+            if match and key.startswith(prefix):
+                found[int(match[1]), int(match[2]), int(match[3])] = value
+        return found
+
+    def finish(self) -> None:
+        """Refuse what was not understood.
+
+        Raises:
+            InputError: lists the unknown keys.
+        """
+        unknown = sorted(key for key in self.left if not _CONSTANTS.search(key))
+        if unknown:
+            listed = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+            raise InputError(
+                f"the file has tensors that this version of matfound does not know: {listed}",
+                remedy="it is of a newer or other kind of SevenNet; matfound reads those of sevenn 0.13.0",
+            )
+
+
+@dataclass
+class _Config:
+    """What of a training file matters here."""
+
+    raw: Mapping[str, Any]
+    elements: list[int]
+    cutoff: float
+    layers: int
+    irreps: list[Irreps]
+    irreps_sh: Irreps
+    modalities: list[str]
+    modal_parts: list[bool]
+    sorted_columns: bool
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "_Config":
+        """Read and check it.
+
+        Raises:
+            InputError: an option is missing, or has a value that the network here does not have.
+        """
+        try:
+            _check_options(raw)
+            types = {int(number): int(row) for number, row in raw["_type_map"].items()}
+            elements = sorted(types, key=types.__getitem__)
+            if [types[number] for number in elements] != list(range(len(elements))):
+                raise InputError("'_type_map' does not number the elements from 0 on", remedy="get the file again")
+            modal_map = dict(raw.get("_modal_map") or {}) if raw.get("use_modality") else {}
+            modalities = sorted(modal_map, key=modal_map.__getitem__)
+            lmax_edge = int(raw.get("lmax_edge", -1))
+            lmax = int(raw["lmax"]) if lmax_edge < 0 else lmax_edge
+            parity = -1 if raw["is_parity"] else 1
+            return cls(
+                raw=raw,
+                elements=elements,
+                cutoff=float(raw["cutoff"]),
+                layers=int(raw["num_convolution_layer"]),
+                irreps=[Irreps(text) for text in raw["irreps_manual"]],
+                irreps_sh=Irreps([(1, (l, parity**l)) for l in range(lmax + 1)]),
+                modalities=modalities,
+                modal_parts=[bool(modalities) and bool(raw.get(part)) for part in _MODAL_PARTS],
+                sorted_columns=_version(str(raw["version"])) >= _SORTED_FROM,
+            )
+        except KeyError as error:
+            raise InputError(f"the training options lack {error}", remedy="get the file again, or it is of an unknown kind") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the training options cannot be read: {error}", remedy="get the file again") from None
+
+    def backbone(self, state: _State) -> NequIP:
+        """The network, with weights of its own."""
+        envelope = dict(self.raw["cutoff_function"])
+        kind = envelope["cutoff_function_name"]
+        if kind not in ("XPLOR", "poly_cut"):
+            raise InputError(f"the cutoff function '{kind}' is not known", remedy="known: XPLOR, poly_cut")
+        basis = dict(self.raw["radial_basis"])
+        if basis["radial_basis_name"] != "bessel":
+            raise InputError(f"the radial basis '{basis['radial_basis_name']}' is not known", remedy="known: bessel")
+        hidden = max(self.irreps, key=lambda irreps: irreps.dim)
+        row = list(range(len(self.modalities)))
+        backbone = NequIP(
+            cutoff=self.cutoff,
+            num_layers=self.layers,
+            irreps=str(hidden),
+            lmax=self.irreps_sh.lmax,
+            symmetry="E3" if self.raw["is_parity"] else "SE3",
+            num_basis=state.peek("edge_embedding.basis_function.coeffs").numel(),
+            radial_hidden=list(self.raw["weight_nn_hidden_neurons"]),
+            elements=self.elements,
+            self_connection="linear",
+            envelope="xplor" if kind == "XPLOR" else "polynomial",
+            envelope_p=int(envelope.get("poly_cut_p_value", 6)),
+            envelope_onset=float(envelope["cutoff_on"]) if kind == "XPLOR" else None,
+            normalize_harmonics=bool(self.raw.get("_normalize_sph", False)),
+            embedding_scale=len(self.elements) ** -0.5,
+            **({"modalities": row} if row else {}),
+        )
+        current = self.irreps[0]
+        for n, (layer, irreps) in enumerate(zip(backbone.layers, self.irreps[1:], strict=True)):
+            assert isinstance(layer, Interaction)
+            if layer.gate.irreps_out != irreps or Irreps(layer.spec.irreps_in) != current:
+                raise InputError(f"layer {n} goes from {current} to {irreps}, which is not a network that matfound builds")
+            current = irreps
+        return backbone
+
+
+def _check_options(raw: Mapping[str, Any]) -> None:
+    for key, expected in _FIXED.items():
+        if raw.get(key, expected) != expected:
+            raise InputError(f"the option {key} = {raw[key]!r} is not known here, expected {expected!r}")
+    for key, activations in _ACTIVATIONS.items():
+        if any(raw.get(key, activations).get(parity) != name for parity, name in activations.items()):
+            raise InputError(f"the option {key} = {raw[key]!r} is not known here, expected {activations!r}")
+    if raw["self_connection_type"] != "linear":
+        raise InputError(f"the option self_connection_type = {raw['self_connection_type']!r} is not known here, expected 'linear'")
+    if not raw.get("irreps_manual"):
+        raise InputError("a file without 'irreps_manual' is not read")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def _load_backbone(backbone: NequIP, config: _Config, state: _State) -> None:
+    intro, outro, _ = config.modal_parts
+    number = len(config.modalities)
+    backbone.basis.frequencies.copy_(state.take("edge_embedding.basis_function.coeffs", backbone.basis.frequencies.numel()))
+    backbone.embedding.copy_(state.take("onehot_to_feature_x.linear.weight", *backbone.embedding.shape))
+    for n, layer in enumerate(backbone.layers):
+        assert isinstance(layer, Interaction)
+        assert layer.self_connection is not None
+        _load_linear(layer.self_connection.weights, state, f"{n}_self_connection_intro.linear.weight")
+        _load_linear(layer.linear_in.weights, state, f"{n}_self_interaction_1.linear.weight", number, has_modality=intro)
+        _load_linear(layer.linear_out.weights, state, f"{n}_self_interaction_2.linear.weight", number, has_modality=outro)
+        layer.denominator.copy_(state.take(f"{n}_convolution.denominator", 1)[0])
+        *hidden, last = layer.weight_network.weights
+        for i, weight in enumerate(hidden):
+            weight.copy_(state.take(f"{n}_convolution.weight_nn.layer{i}.weight", *weight.shape))
+        columns, signs = _columns(layer, config, state.couplings(n), n)
+        stored = state.take(f"{n}_convolution.weight_nn.layer{len(hidden)}.weight", last.shape[0], int(columns.max()) + 1)
+        last.copy_(stored[:, columns] * signs)
+
+
+def _load_linear(weights: Any, state: _State, key: str, modalities: int = 0, *, has_modality: bool = False) -> None:
+    """Flat weights lie input block by input block; those of the modality come last, as it is a block of its own."""
+    fans = {name: weight.shape[0] - (modalities if name == "0e" else 0) for name, weight in weights.items()}
+    sizes = [fans[name] * weight.shape[1] for name, weight in weights.items()]
+    outputs = weights["0e"].shape[1]
+    extra = modalities * outputs if has_modality else 0
+    flat = state.take(key, sum(sizes) + extra)
+    # Blocks of one irrep count as one here and lie together in the files, whose blocks are sorted by irrep.
+    order = sorted(weights, key=Irrep)
+    pieces = dict(zip(order, flat[: sum(sizes)].split([fans[name] * weights[name].shape[1] for name in order]), strict=True))
+    for name, weight in weights.items():
+        weight[: fans[name]] = pieces[name].reshape(fans[name], -1)
+    if modalities and has_modality:
+        weights["0e"][fans["0e"] :] = flat[sum(sizes) :].reshape(modalities, outputs)
+    elif modalities:
+        _without_modality(weights["0e"], fans["0e"])
+
+
+def _without_modality(weight: Tensor, fan: int) -> None:
+    """Rows of the modality that do nothing; the others make up for the larger number that they are divided by."""
+    weight[:fan] *= (weight.shape[0] / fan) ** 0.5
+    weight[fan:] = 0
+
+
+def _columns(layer: Interaction, config: _Config, couplings: Mapping[tuple[int, int, int], Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """For each radial weight of a layer here, its column in the file and the sign that it takes."""
+    blocks, irreps_sh = layer.spec.blocks_in, config.irreps_sh
+    found = [(i, j, ir) for i, (_, ir_in) in enumerate(blocks) for j, (_, ir_sh) in enumerate(irreps_sh) for ir in _products(ir_in, ir_sh, layer)]
+    order = sorted(range(len(found)), key=lambda k: found[k][2]) if config.sorted_columns else list(range(len(found)))
+    start: dict[tuple[int, int, Irrep], int] = {}
+    count = 0
+    for k in order:
+        start[found[k]] = count
+        count += blocks[found[k][0]].mul
+    columns, signs = [], []
+    for i, j, k in layer.spec.paths:
+        ir = layer.spec.blocks_out[k].ir
+        begin = start[i, j, ir]
+        columns.append(torch.arange(begin, begin + blocks[i].mul))
+        signs.append(torch.full((blocks[i].mul,), _sign((blocks[i].ir.l, irreps_sh[j].ir.l, ir.l), couplings, n)))
+    return torch.cat(columns), torch.cat(signs)
+
+
+def _products(ir_in: Irrep, ir_sh: Irrep, layer: Interaction) -> list[Irrep]:
+    allowed = {ir for _, ir in layer.gate.irreps_in}
+    return [ir for ir in sorted(ir_in * ir_sh) if ir in allowed]
+
+
+def _sign(path: tuple[int, int, int], couplings: Mapping[tuple[int, int, int], Tensor], n: int) -> float:
+    """-1 where the file's coefficients are minus ours.
+
+    Raises:
+        InputError: they are missing, or neither equal nor opposite.
+    """
+    if 0 in path:
+        return 1.0  # a Kronecker delta, the same in every version, and not stored
+    if path not in couplings:
+        raise InputError(f"layer {n} does not store the Clebsch-Gordan coefficients of {path}", remedy="save it with e3nn's tensor product")
+    stored, ours = couplings[path].double(), wigner_3j(*path, dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        if stored.shape == ours.shape and torch.allclose(stored, sign * ours, atol=1e-5):
+            return sign
+    raise InputError(f"the Clebsch-Gordan coefficients of {path} in layer {n} are neither ours nor minus ours", remedy="get the file again")
+
+
+def _load_readout(head: EnergyHead, config: _Config, state: _State, width: int) -> None:
+    number = len(config.modalities)
+    weight = head.readout.hidden[0]
+    fan = weight.shape[0] - number
+    has_modality = config.modal_parts[2]
+    if width != fan + number * has_modality:
+        raise InputError(f"the readout takes {width} numbers of each atom, expected {fan + number * has_modality}")
+    flat = state.take("reduce_input_to_hidden.linear.weight", width, weight.shape[1])
+    weight[:width] = flat
+    if number and not has_modality:
+        _without_modality(weight, fan)
+    head.readout.last.copy_(state.take("reduce_hidden_to_energy.linear.weight", *head.readout.last.shape))
+    for name, table in (("shift", head.table.reference), ("scale", head.table.scale)):
+        values = state.take(f"rescale_atomic_energy.{name}").double()
+        if values.shape[-1:] not in ((1,), (len(config.elements),)) or (values.dim() == 2 and len(values) != len(table)):
+            raise InputError(f"the tensor 'rescale_atomic_energy.{name}' has the shape {tuple(values.shape)}")
+        rows = values.expand(len(table), len(config.elements))
+        table[:, torch.tensor(config.elements)] = rows
