@@ -10,7 +10,7 @@ calculator with ASE's FrechetCellFilter. Final energies must agree within 1 meV/
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import lzma
@@ -40,9 +40,10 @@ def structures(folder: Path, each: int) -> list[ase.Atoms]:
     found = []
     for name in FILES:
         with lzma.open(folder / name, "rt", encoding="utf-8") as stream:
-            small = [atoms for atoms in ase.io.iread(stream, ":", format="extxyz") if len(atoms) <= MAX_ATOMS]
-        for i in sorted(rng.choice(len(small), each, replace=False)):
-            atoms = ase.Atoms(small[i].numbers, small[i].positions, cell=small[i].cell, pbc=True)
+            small = [(i, atoms) for i, atoms in enumerate(ase.io.iread(stream, ":", format="extxyz")) if len(atoms) <= MAX_ATOMS]
+        for place in sorted(rng.choice(len(small), each, replace=False)):
+            i, drawn = small[place]
+            atoms = ase.Atoms(drawn.numbers, drawn.positions, cell=drawn.cell, pbc=True)
             atoms.info["name"] = f"{name.partition('-')[0]}-{i}"
             found.append(atoms)
     return found
@@ -68,9 +69,7 @@ def ours(frames: list[ase.Atoms], model: str, folder: Path) -> tuple[list[dict[s
 
 def theirs(frames: list[ase.Atoms], name: str) -> tuple[list[dict[str, float]], float]:
     """The same with sevenn's calculator and ASE."""
-    from sevenn.calculator import SevenNetCalculator
-
-    calculator = SevenNetCalculator(name, device="cpu")
+    calculator = importlib.import_module("sevenn.calculator").SevenNetCalculator(name, device="cpu")
     out, start = [], time.perf_counter()
     for frame in frames:
         atoms = frame.copy()
@@ -106,8 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     if not all((folder / name).is_file() for name in FILES):
         print(f"nothing to relax: {' and '.join(FILES)} are not in {folder} (name the folder with --data)")
         return 0 if args.data is None else 1
-    if importlib.util.find_spec("sevenn") is None:
-        print("nothing to compare with: sevenn is not installed (pip install -c constraints.txt sevenn==0.13.0)")
+    try:
+        importlib.import_module("sevenn.calculator")
+    except ImportError as error:
+        print(f"nothing to compare with: sevenn cannot be imported: {error} (pip install -c constraints.txt sevenn==0.13.0)")
         return 0
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     frames = structures(folder, args.each)

@@ -41,7 +41,9 @@ def test_parses(files: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> 
 def test_conventions(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    assert set(content["data"]["datasets"]) <= set(content["model"]["potential"]["init_args"]["datasets"])
+    arguments = content["model"]["potential"]["init_args"]
+    vocabulary = [arguments["dataset"]] if "dataset" in arguments else arguments["datasets"]  # a fine-tuned model grows by one
+    assert set(content["data"]["datasets"]) <= set(vocabulary)
     assert content["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
     assert f"matfound fit --config recipes/{recipe.name}" in text
 

@@ -1,13 +1,12 @@
-"""relax, predict, evaluate, env. Heavy imports happen when a verb runs."""
+"""predict, evaluate, env. Heavy imports happen when a verb runs."""
 
 import argparse
-import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matfound.cli.options import add_batch, add_index, add_model, add_reading, positive, reading
+from matfound.cli.options import add_batch, add_index, add_model, add_reading, reading
 from matfound.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,17 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from matfound.data.dataset import Dataset
-    from matfound.inference.calculator import Calculator
-    from matfound.inference.relax import Relaxation
     from matfound.structures.atomic_data import AtomicData
-
-#: Exit code where a relaxation did not converge.
-NOT_CONVERGED = 3
 
 
 def add_parser(verbs: Any) -> None:
     """Add the verbs of this module to argparse's subparsers."""
-    _relax_parser(verbs)
     _predict_parser(verbs)
     _evaluate_parser(verbs)
     env = verbs.add_parser("env", help="versions and devices, for bug reports", description="Versions and devices, for bug reports.")
@@ -43,129 +36,6 @@ def console(stderr: bool = False) -> "Console":
 
     found = Console(stderr=stderr)
     return found if found.is_terminal else Console(stderr=stderr, width=200)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-# -------------------------------------------------------------------------------------------------------------------- relax
-
-
-def _relax_parser(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "relax",
-        help="relax structures",
-        description="Relax the atoms (and with --cell the lattice) of every structure in a file. Constraints in the file hold.",
-        epilog=f"exit code {NOT_CONVERGED}: written, but not everything has converged",
-    )
-    parser.add_argument("input", help="a structure file: anything ASE reads, also compressed extxyz")
-    add_model(parser)
-    parser.add_argument("--cell", action="store_true", help="relax the lattice, too")
-    parser.add_argument("--fmax", type=float, default=0.05, help="largest force that counts as converged, eV/Å (default 0.05)")
-    parser.add_argument("--steps", type=positive, default=500, metavar="N", help="give up after so many steps (default 500)")
-    parser.add_argument("--optimizer", choices=("FIRE", "LBFGS", "BFGS"), default="FIRE", type=str.upper, help="default FIRE")
-    add_index(parser)
-    parser.add_argument("--out", metavar="FILE", help="by its ending: .extxyz, .cif, … (default: <input>-relaxed.extxyz in this folder)")
-    parser.add_argument("--trajectory", metavar="T.traj", help="write every step; several structures: T-0.traj, T-1.traj, …")
-    parser.set_defaults(action=_relax)
-
-
-def _relax(args: argparse.Namespace) -> int:
-    from matfound.inference.calculator import Calculator
-
-    out = Path(args.out or Path(args.input).name.partition(".")[0] + "-relaxed.extxyz")
-    _check_output(out, [args.input])
-    structures = list(_structures([args.input], args.index))
-    kind = _file_type(out, len(structures))
-    calculator = Calculator(args.model, device=args.device, dtype=args.dtype, head=args.head)
-    done: list[tuple[int, Relaxation]] = []
-    rows: list[dict[str, Any]] = []
-    problems: list[InputError] = []
-    interrupted = False
-    for number, (file, frame, atoms) in enumerate(structures):
-        try:
-            result = _relax_one(args, atoms, calculator, number if len(structures) > 1 else None)
-        except InputError as error:
-            # One bad structure must not cost the others; alone, it is the result.
-            located = error.at(file, frame)
-            if len(structures) == 1:
-                raise located from None
-            problems.append(located)
-            rows.append({"frame": frame, "formula": str(atoms.symbols), "converged": "failed"})
-        except KeyboardInterrupt:
-            interrupted = True
-            break
-        else:
-            done.append((frame, result))
-            rows.append(_relax_row(frame, result))
-    if done:
-        _write_structures(out, [result.atoms for _, result in done], kind)
-    _relax_summary(args, rows, [result for _, result in done], out)
-    for problem in problems:
-        _say(f"matfound: error: {problem}")
-    if interrupted:
-        raise KeyboardInterrupt
-    return 1 if problems else 0 if all(result.converged for _, result in done) else NOT_CONVERGED
-
-
-def _relax_one(args: argparse.Namespace, atoms: "ase.Atoms", calculator: "Calculator", number: int | None) -> "Relaxation":
-    from matfound.inference.relax import relax
-
-    trajectory = args.trajectory
-    if trajectory is not None and number is not None:
-        path = Path(trajectory)
-        trajectory = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return relax(
-        atoms,
-        calculator,
-        cell=args.cell,
-        fmax=args.fmax,
-        max_steps=args.steps,
-        optimizer=args.optimizer,
-        trajectory=trajectory,
-        progress=True,
-    )
-
-
-def _relax_row(frame: int, result: "Relaxation") -> dict[str, Any]:
-    before, after = result.before, result.after
-    row = {
-        "frame": frame,
-        "formula": result.atoms.get_chemical_formula(),
-        "converged": "yes" if result.converged else "no",
-        "steps": result.steps,
-        "eV/atom before": f"{before['energy_per_atom']:.5f}",
-        "eV/atom after": f"{after['energy_per_atom']:.5f}",
-        "fmax before": f"{before['fmax']:.4f}",
-        "fmax after": f"{after['fmax']:.4f}",
-    }
-    if "volume" in after and result.before["volume"] != after["volume"]:
-        row["volume"] = f"{100 * (after['volume'] / before['volume'] - 1):+.2f}%"
-    row |= {"moved (Å)": f"{after['max_displacement']:.3f}"}
-    return row | ({"fixed atoms": result.num_fixed} if result.num_fixed else {})
-
-
-def _relax_summary(args: argparse.Namespace, rows: list[dict[str, Any]], done: "list[Relaxation]", out: Path) -> None:
-    from matfound.report.tables import terminal
-
-    if len(rows) == 1 and len(done) == 1:
-        result = done[0]
-        formula = result.atoms.get_chemical_formula()
-        held = f", {result.num_fixed} of them held fixed" if result.num_fixed else ""
-        title = f"{formula}, {len(result.atoms)} atoms{held}: {result.steps} {args.optimizer} steps"
-        console().print(terminal(result.table(), title))
-    elif rows:
-        console().print(terminal(rows, f"{len(rows)} structures"))
-    if done:
-        print(f"written to {out}")
-    lacking = [result for result in done if not result.converged]
-    if lacking:
-        left = max(result.trace[-1]["fmax"] for result in lacking)
-        many = f"{len(lacking)} of {len(rows)} structures" if len(rows) > 1 else "the relaxation"
-        _say(
-            f"matfound: {many} did not converge in {args.steps} steps: fmax is {left:.4f} eV/Å, not below {args.fmax:g} (try more --steps)"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ predict
@@ -196,7 +66,7 @@ def _predict(args: argparse.Namespace) -> int:
     out = Path(args.output)
     if out.suffix not in (".extxyz", ".xyz", ".traj"):
         raise InputError(f"cannot write '{out.suffix}' files of predictions", remedy="use .extxyz or .traj", file=out)
-    _check_output(out, [args.input])
+    check_output(out, [args.input])
     potential = ready(args.model, args.device, args.dtype)
     waiting: deque[tuple[str, int, ase.Atoms]] = deque()
 
@@ -322,35 +192,16 @@ def _structures(paths: list[str], index: str | None) -> "Iterator[tuple[str, int
     return read_atoms(paths, index)
 
 
-def _check_output(out: Path, inputs: list[str]) -> None:
+def check_output(out: Path, inputs: Sequence[str]) -> None:
+    """Refuse to write over an input, or to a folder.
+
+    Raises:
+        InputError: names the file.
+    """
     if out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs):
         raise InputError("would overwrite the input", remedy="choose another file to write", file=out)
     if out.is_dir():
         raise InputError("is a folder, expected a file to write", file=out)
-
-
-def _file_type(path: Path, structures: int) -> str:
-    """ASE's name of the format that a file name stands for, if it can hold so many structures."""
-    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
-
-    try:
-        kind = "extxyz" if path.suffix == ".xyz" else filetype(str(path), read=False)
-    except UnknownFileTypeError:
-        kind = ""
-    if kind not in ioformats or not ioformats[kind].can_write:
-        raise InputError(f"ASE writes no files called '*{path.suffix}'", remedy="use .extxyz, .cif, .traj, …", file=path)
-    if structures > 1 and ioformats[kind].single:
-        raise InputError(f"a file of type {kind} holds one structure, there are {structures}", remedy="use .extxyz", file=path)
-    return str(kind)
-
-
-def _write_structures(path: Path, structures: "list[ase.Atoms]", kind: str) -> None:
-    from ase.io import write
-
-    from matfound.report.files import replacing
-
-    with replacing(path) as temporary:
-        write(temporary, structures, format=kind)
 
 
 class _Progress:

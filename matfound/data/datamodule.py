@@ -31,6 +31,7 @@ class SplitConfig:
         by: a key (formula, trajectory, …) whose frames must stay together.
         stratify: a key of whose frames each part gets the same share.
         seed: of the draw.
+        key: what `file` calls frames by: "id", or "file_frame" where ids are not unique.
     """
 
     file: str | None = None
@@ -38,6 +39,7 @@ class SplitConfig:
     by: str | None = None
     stratify: str | None = None
     seed: int = 0
+    key: str = "id"
 
     def __post_init__(self) -> None:
         if self.by and self.stratify:
@@ -47,7 +49,7 @@ class SplitConfig:
         """The frames of each part of a dataset."""
         if self.file is not None:
             path = catalog.resolve(self.file)
-            return select(load_split(path), dataset, file=path)
+            return select(load_split(path), dataset, file=path, key=self.key)
         if self.by:
             return split_by_key(dataset.keys(self.by), self.fractions, self.seed)
         if self.stratify:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matfound.data.omat24 import AseLmdbDataset
 
 #: What `Dataset.keys` knows of every frame, beside what the files say.
-COMPUTED_KEYS = ("id", "file", "formula", "reduced_formula")
+COMPUTED_KEYS = ("id", "file", "file_frame", "formula", "reduced_formula")
 
 
 class Frame(NamedTuple):
@@ -60,7 +60,8 @@ class Dataset(ABC):
 
     @abstractmethod
     def keys(self, name: str) -> list[str]:
-        """A value of each frame, to split or group by: an info key of the file, "id", "file", "formula" or "reduced_formula".
+        """A value of each frame, to split or group by: an info key of the file, "id", "file", "file_frame" (file and index
+        in it: no two frames have the same), "formula" or "reduced_formula".
 
         Raises:
             InputError: no frame has the key (the nearest is suggested), or some frame lacks it.
@@ -218,6 +219,8 @@ class SourceDataset(Dataset):
     def _read_keys(self, name: str) -> list[str]:
         if name == "file":
             return [self.place(i)[0] for i in range(len(self))]
+        if name == "file_frame":
+            return [f"{file}#{index}" for file, index in map(self.place, range(len(self)))]
         values: list[str] = []
         known: set[str] = set(COMPUTED_KEYS)
         lacking: int | None = None

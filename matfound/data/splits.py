@@ -161,14 +161,20 @@ def held_out_split(values: Sequence[Hashable], seed: int, *, test: float = 0.2, 
     return {part: sorted(frames) for part, frames in split.items()}
 
 
-def named(split: Split, dataset: _HasIds) -> dict[str, list[str]]:
-    """A split by frame id, for `save_split`."""
-    ids = [str(value) for value in dataset.keys("id")]
+def named(split: Split, dataset: _HasIds, key: str = "id") -> dict[str, list[str]]:
+    """A split by frame id (or another key), for `save_split`."""
+    ids = [str(value) for value in dataset.keys(key)]
     return {part: [ids[i] for i in frames] for part, frames in split.items()}
 
 
-def select(split: NamedSplit, dataset: _HasIds, *, file: str | os.PathLike[str] | None = None) -> Split:
+def select(split: NamedSplit, dataset: _HasIds, *, file: str | os.PathLike[str] | None = None, key: str = "id") -> Split:
     """The frame indices of a stored split in `dataset`, which is looked up by its name. Frames of no part stay unused.
+
+    Args:
+        split: of `load_split`.
+        dataset: whose frames to find.
+        file: for messages.
+        key: what the split calls frames by.
 
     Raises:
         InputError: the split has no such dataset, or the dataset lacks one of its frames, or has it twice.
@@ -177,9 +183,9 @@ def select(split: NamedSplit, dataset: _HasIds, *, file: str | os.PathLike[str] 
         raise InputError(f"no split for the dataset '{dataset.name}'", remedy=nearest(dataset.name, split), file=file)
     places: dict[str, int] = {}
     wanted = {frame for frames in split[dataset.name].values() for frame in frames}
-    for i, value in enumerate(dataset.keys("id")):
+    for i, value in enumerate(dataset.keys(key)):
         if str(value) in wanted and places.setdefault(str(value), i) != i:
-            raise InputError(f"dataset '{dataset.name}' has the frame id '{value}' twice", remedy="give every frame its own frame_id")
+            raise InputError(f"dataset '{dataset.name}' has the frame {key} '{value}' twice", remedy="give every frame its own frame_id")
     missing = [frame for frames in split[dataset.name].values() for frame in frames if frame not in places]
     if missing:
         raise InputError(

@@ -1,5 +1,6 @@
 """`matfound evaluate errors`: a model against the labels of any readable file."""
 
+import copy
 import heapq
 import json
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from matfound import __version__
@@ -94,7 +96,8 @@ def evaluate(
     Args:
         potential: in eval mode or not; where it is, is where it runs.
         datasets: their names are groups of the tables.
-        head: level of theory for all of them; None: for a dataset that the model was trained on, its own, else the model's default.
+        head: level of theory for all of them; None: what a frame asks for (info "head"), else for a dataset that the model was trained
+            on its own, else the model's default.
         by: "config_type", or an info key that every frame has.
         max_atoms: per batch.
         progress: called after each structure.
@@ -107,8 +110,7 @@ def evaluate(
     available: set[str] = set()
     for dataset in datasets:
         groups = None if by == "config_type" else dataset.keys(by)
-        own = dataset.name if dataset.name in potential.datasets else None
-        for i, (sample, predictions) in enumerate(_predictions(potential, dataset, head or own, max_atoms)):
+        for i, (sample, predictions) in enumerate(_predictions(potential, dataset, head, max_atoms)):
             labels = {name for name in sample.field_names() if FIELDS[name.partition("@")[0]].label}
             available |= labels
             group = groups[i] if groups is not None else sample.config_type if "config_type" in sample else ""
@@ -133,9 +135,17 @@ def evaluate(
 def _predictions(
     potential: Potential, dataset: Dataset, head: str | None, max_atoms: int
 ) -> Iterator[tuple[AtomicData, dict[str, Tensor]]]:
-    structures = (dataset.get(i) for i in range(len(dataset)))
+    own = potential.dataset_index(dataset.name) if dataset.name in potential.datasets else -1
+
+    def structures() -> Iterator[AtomicData]:
+        for i in range(len(dataset)):
+            sample = copy.copy(dataset.get(i))  # the reader may keep its own
+            if own >= 0:
+                sample.dataset = torch.tensor([own])
+            yield sample
+
     try:
-        yield from predict(potential, structures, dataset=head, max_atoms=max_atoms)
+        yield from predict(potential, structures(), dataset=head, max_atoms=max_atoms)
     except InputError as error:
         if error.frame is None or error.file is not None:
             raise

@@ -1,5 +1,6 @@
 """The ASE calculator of one model."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ from matfound.models.base import Potential
 from matfound.structures.ase import from_atoms
 from matfound.structures.atomic_data import AtomicData, collate
 
-
 #: What a model takes from `atoms.info`.
 INFO_INPUTS = ("charge", "spin", "head")
 
@@ -40,10 +40,8 @@ class ModelCalculator(ASECalculator):
         """What changed since the last calculation; ASE itself does not look at `info` and tags."""
         changes: list[str] = super().check_state(atoms, tol=tol)
         if self.atoms is not None:
-            # array_equal: numbers and arrays of numpy, text and nothing at all are compared safely.
-            changes += [key for key in INFO_INPUTS if not np.array_equal(self.atoms.info.get(key), atoms.info.get(key))]
-            if self.head is not None and "head" in changes:
-                changes.remove("head")
+            read = [key for key in INFO_INPUTS if key != "head" or self.head is None]
+            changes += [key for key in read if not _same(self.atoms.info.get(key), atoms.info.get(key))]
             if "numbers" not in changes and not np.array_equal(self.atoms.get_tags(), atoms.get_tags()):
                 changes.append("tags")
         return changes
@@ -59,6 +57,9 @@ class ModelCalculator(ASECalculator):
         super().calculate(atoms, properties, system_changes)
         if self.atoms is None:
             raise InputError("there are no atoms to calculate", remedy="set atoms.calc, or hand atoms over")
+        for key in INFO_INPUTS:  # ASE's copy of the atoms shares its arrays with them
+            if key in self.atoms.info:
+                self.atoms.info[key] = copy.copy(self.atoms.info[key])
         sample = from_atoms(self.atoms, labels=False)
         if set(properties) & {"stress", "stress_variance"} and not has_lattice(sample):
             raise PropertyNotImplementedError("stress needs a lattice: this structure is not periodic, or its cell has no volume")
@@ -120,6 +121,11 @@ class Calculator(ModelCalculator):
         batch = collate([data]).to(next(self.potential.parameters()).device)
         self.neighbors.update(batch)
         return as_results(clean(split(evaluate(self.potential, batch), batch)[0], data))
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two values are equal: numbers, arrays, text or nothing at all, of numpy or not."""
+    return bool(np.array_equal(mine, theirs))
 
 
 def property_names(outputs: Iterable[str]) -> list[str]:

@@ -67,7 +67,7 @@ class Committee(ModelCalculator):
         super().__init__()
         if isinstance(models, (str, Path)) or len(models) < 2:
             given = f"'{models}'" if isinstance(models, (str, Path)) else len(models)
-            raise InputError(f"a committee needs a list of at least 2 models, received {given}", remedy="for one model: matfound.Calculator")
+            raise InputError(f"a committee is a list of at least 2 models, received {given}", remedy="for one: matfound.Calculator")
         self.head = head
         self.members: list[_Member] = []
         for number, model in enumerate(models):
@@ -120,8 +120,9 @@ class Committee(ModelCalculator):
         return found
 
 
-def _plain(value: np.ndarray) -> Any:
-    return value.item() if value.ndim == 0 else value
+def _plain(value: Any) -> Any:
+    """A number of Python for a number of numpy."""
+    return value if np.ndim(value) else float(value)
 
 
 def _by(name: str, error: InputError) -> InputError:

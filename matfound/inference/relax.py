@@ -147,18 +147,19 @@ def relax(
             file = stack.enter_context(Trajectory(str(trajectory), "w", atoms))
         target: Any = _CellFilter(atoms) if cell else atoms
         converged = False
-        for converged in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=fmax, steps=max_steps):
+        for done in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=fmax, steps=max_steps):
             trace.append(_step(target, atoms, len(trace)))
             if file is not None:
                 file.write()
             if show is not None:
                 show(trace[-1])
             _stop_if_wild(trace, before)
+            converged = bool(done)
     after = measure(atoms, stress=cell) | {"max_displacement": largest_displacement(initial, atoms)}
     held = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.get_indices()}
     names = [name for name in calculator.implemented_properties if name not in _REDUNDANT]
     atoms = annotate(atoms, calculator.results, names)
-    return Relaxation(atoms, bool(converged), len(trace) - 1, trace, before, after, fmax, len(held), initial)
+    return Relaxation(atoms, converged, len(trace) - 1, trace, before, after, fmax, len(held), initial)
 
 
 def as_atoms(structure: Any) -> ase.Atoms:
@@ -290,7 +291,8 @@ class _Line(AbstractContextManager[Callable[[Step], None]]):
         """Write the numbers of a step."""
         volume = f"   volume {now['volume']:.3f} Å³" if "volume" in now else ""
         self.status.update(
-            f"{self.prefix}step {now['step']:4.0f}   energy {now['energy']:.5f} eV   fmax {now['fmax']:.4f} eV/Å (target {self.fmax:g}){volume}"
+            f"{self.prefix}step {now['step']:4.0f}   energy {now['energy']:.5f} eV   "
+            f"fmax {now['fmax']:.4f} eV/Å (target {self.fmax:g}){volume}"
         )
 
     def __exit__(self, *error: object) -> None:

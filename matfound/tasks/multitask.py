@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,6 +16,7 @@ from matfound.models.base import Potential, Statistics
 from matfound.nn.heads import Float64Buffers
 from matfound.structures.atomic_data import AtomicData
 from matfound.tasks.metrics import TargetMetrics
+from matfound.tasks.references import Refit, refit
 from matfound.tasks.statistics import collect
 from matfound.tasks.target import Comparison, Target
 
@@ -24,6 +25,10 @@ OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 log = logging.getLogger(__name__)
+
+#: The energy errors of a good model are small, those of a few frames fitted away: their scale is no less than this share of the forces'
+#: (Å), and than this (eV/atom), so that energies never drown the forces.
+FORCE_SHARE, MIN_SPREAD = 0.01, 1e-3
 
 
 class MultiTask(LightningModule):
@@ -35,7 +40,10 @@ class MultiTask(LightningModule):
         optimizer: makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
         lr_scheduler: makes the schedule from the optimizer, stepped after every optimizer step; one with a method `set_total_steps`
             is told how many there will be. `ReduceLROnPlateau` is stepped after every validation, by `val/loss`.
-        fit_scales: fit the model's references, scales and neighbour counts to the training data first; off for fine-tuning.
+        fit_scales: true fits the model's references, scales and neighbour counts to the training data first; "references", for
+            fine-tuning, shifts only the references, to the level of theory of the data (see `matfound.tasks.references`).
+        isolated_atoms: for "references": energies of isolated atoms by element, eV, where the data have them.
+        refit: for "references": only these datasets. Default: all of the training data.
 
     Raises:
         InputError: no targets, two for one field, or one that no head predicts.
@@ -47,7 +55,9 @@ class MultiTask(LightningModule):
         targets: list[Target],
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory | None = None,
-        fit_scales: bool = True,
+        fit_scales: bool | Literal["references"] = True,
+        isolated_atoms: dict[str, float] | None = None,
+        refit: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.potential = potential.train()
@@ -55,7 +65,11 @@ class MultiTask(LightningModule):
             potential.requires_grad_(True)  # it comes from `checkpoint.load`
         self.targets = targets
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        self.fit_scales = fit_scales
+        self.fit_scales, self.isolated_atoms, self.refit = fit_scales, isolated_atoms, refit
+        if fit_scales != "references" and (isolated_atoms or refit):
+            raise InputError("isolated_atoms and refit go with fit_scales: references", remedy="set model.fit_scales to references")
+        #: What `fit_scales="references"` did.
+        self.refitted: list[Refit] = []
         self._told: set[str] = set()
         if not targets:
             raise InputError("there are no targets", remedy="name what to learn, e.g. model.targets: [{field: energy}, {field: forces}]")
@@ -74,14 +88,30 @@ class MultiTask(LightningModule):
         if stage != "fit":
             return
         statistics = collect(self.trainer.datamodule.samples("train"), self.potential.datasets)  # type: ignore[attr-defined]
-        self._fit_loss_scales(statistics)
-        if self.fit_scales:
+        if self.fit_scales == "references":
+            self._refit(statistics)
+        elif self.fit_scales:
             self.potential.fit_scales(statistics)
+        self._fit_loss_scales(statistics)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback.setup(self.trainer, self, stage)  # it has copied the model as it was before
                 # Buffers are constants, indices among them: averages of one and the same would round them.
                 callback._average_model.use_buffers = False  # type: ignore[union-attr]
+
+    def _refit(self, statistics: Statistics) -> None:
+        """Shift references; the spread of energies becomes that of what is left to learn."""
+        home = next(self.potential.parameters()).device
+        self.potential.to(self.trainer.strategy.root_device)  # Lightning moves the model after `setup`
+        samples = self.trainer.datamodule.samples("train")  # type: ignore[attr-defined]
+        self.refitted = refit(self.potential, samples, self.refit, self.isolated_atoms)
+        self.potential.to(home)
+        forces = statistics.rms.get("forces")
+        for entry in self.refitted:
+            d = self.potential.dataset_index(entry.dataset)
+            if entry.frames:
+                floor = 0.0 if forces is None else FORCE_SHARE * float(forces[d].nan_to_num())
+                statistics.rms["energy"][d] = max(entry.spread, floor, MIN_SPREAD)
 
     def _fit_loss_scales(self, statistics: Statistics) -> None:
         for target in self.targets:

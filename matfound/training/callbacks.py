@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class RunReport(Callback):
         self.tables: dict[str, ErrorTable] = {}
         self.failures: dict[str, InputError] = {}
         self.left_out: dict[str, int] = {}
+        #: Chapters to begin the report with.
+        self.chapters: list[Callable[[Report], object]] = []
+        #: Whether the references are fitted to the labels, so that they are a baseline; those of a fine-tuned model are not.
+        self.fitted = True
         #: Of the whole run, and of the present epoch.
         self.seconds = 0.0
         self._epoch = {"seconds": 0.0, "structures": 0.0, "atoms": 0.0, "loss": 0.0, "validated": 0.0}
@@ -115,6 +119,7 @@ class RunReport(Callback):
         potential = pl_module.potential
         assert isinstance(potential, Potential)
         potential.eval()
+        self.fitted = getattr(pl_module, "fit_scales", True) is True
         save(potential, folder / "model", self.card)
         self.tables, self.failures, self.left_out = {}, {}, {}
         for part in ("val", "test"):
@@ -136,18 +141,9 @@ class RunReport(Callback):
         Raises:
             InputError: a prediction is not finite; names the structure.
         """
-        table = ErrorTable()
-        device = next(potential.parameters()).device
-        # Lightning has moved the model to the CPU by now.
-        potential.to(trainer.strategy.root_device)
-        for batch in getattr(trainer.datamodule, f"{part}_dataloader")():  # type: ignore[attr-defined]
-            predictions = evaluate(potential, batch.to(trainer.strategy.root_device))
-            for sample, predicted in zip(batch.cpu().to_list(), split(predictions, batch.cpu()), strict=True):
-                if set(sample.numbers.tolist()) <= potential.elements(int(sample.dataset)):
-                    _add_errors(table, potential, sample, predicted)
-                else:
-                    self.left_out[part] = self.left_out.get(part, 0) + 1
-        potential.to(device)
+        table, left_out = held_out_errors(trainer, potential, part, fitted=self.fitted)
+        if left_out:
+            self.left_out[part] = left_out
         return table
 
     def report(self, potential: Potential) -> Report:
@@ -159,14 +155,17 @@ class RunReport(Callback):
         report = Report(
             self.title, f"{type(potential.backbone).__name__}, {parameters:,} parameters, {epochs} epochs, {self.seconds:.0f} s"
         )
+        for chapter in self.chapters:
+            chapter(report)
         if self.history:
             report.heading("Learning curves").figure(curves(_columns(self.history)), "Losses and metrics by epoch.", alt="learning curves")
         for part, table in self.tables.items():
             if not len(table):
                 continue
+            energies = "energies are linear element references fitted to the training data, of " if self.fitted else ""
             report.heading(f"Errors, {part} set").text(
-                CONVENTIONS + " The baseline of energies are linear element references fitted to the training data, of forces and "
-                "stress zero, of everything else the training mean."
+                f"{CONVENTIONS} The baseline of {energies}forces and stress {'' if self.fitted else 'is '}zero, of everything else the "
+                "training mean."
             )
             if part in self.left_out:
                 report.text(f"Left out: structures with elements that no training structure of their dataset has ({self.left_out[part]}).")
@@ -206,7 +205,34 @@ class RunReport(Callback):
         ]
 
 
-def _add_errors(table: ErrorTable, potential: Potential, sample: AtomicData, predictions: dict[str, Tensor]) -> None:
+def held_out_errors(trainer: Trainer, potential: Potential, part: str, *, fitted: bool = True) -> tuple[ErrorTable, int]:
+    """Errors of a model on a part of the trainer's data, and how many structures were left out for elements that it does not know.
+
+    Args:
+        trainer: of a run that is over; its data have the graphs and the vocabulary of `potential`.
+        potential: the run's model, or another like it.
+        part: "val" or "test".
+        fitted: whether the model's references are a baseline of energies.
+
+    Raises:
+        InputError: a prediction is not finite; names the structure.
+    """
+    table, left_out = ErrorTable(), 0
+    device = next(potential.parameters()).device
+    # Lightning has moved the model to the CPU by now.
+    potential.to(trainer.strategy.root_device)
+    for batch in getattr(trainer.datamodule, f"{part}_dataloader")():  # type: ignore[attr-defined]
+        predictions = evaluate(potential, batch.to(trainer.strategy.root_device))
+        for sample, predicted in zip(batch.cpu().to_list(), split(predictions, batch.cpu()), strict=True):
+            if set(sample.numbers.tolist()) <= potential.elements(int(sample.dataset)):
+                _add_errors(table, potential, sample, predicted, fitted)
+            else:
+                left_out += 1
+    potential.to(device)
+    return table, left_out
+
+
+def _add_errors(table: ErrorTable, potential: Potential, sample: AtomicData, predictions: dict[str, Tensor], fitted: bool = True) -> None:
     """Errors of one structure, for each of its labels that the model predicts."""
     index = int(sample.dataset)
     name = sample.id if "id" in sample else ""
@@ -219,7 +245,7 @@ def _add_errors(table: ErrorTable, potential: Potential, sample: AtomicData, pre
             table.add(
                 field, sample[field], prediction, natoms=sample.num_nodes, dataset=potential.datasets[index],
                 config_type=sample.config_type if "config_type" in sample else "", numbers=sample.numbers,
-                baseline=naive(potential, field, sample, index), name=name,
+                baseline=naive(potential, field, sample, index) if fitted or field != "energy" else None, name=name,
             )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_unknown_verb(capsys):
     assert main(["relaks", "in.cif"]) == 2
     assert capsys.readouterr().err == "matfound: error: unknown verb 'relaks' (did you mean 'relax'?)\n"
     assert main(["xyzzy"]) == 2
-    assert "known: data, demo, env" in capsys.readouterr().err
+    assert "known: convert, data, demo" in capsys.readouterr().err
     assert main(["evaluate", "erors"]) == 2
     assert "invalid choice: 'erors'" in capsys.readouterr().err
 

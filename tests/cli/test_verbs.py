@@ -1,17 +1,14 @@
-"""relax, predict and evaluate as a user runs them: files in, files out, exit codes, and bad input."""
+"""predict and evaluate as a user runs them: files in, files out, exit codes, and bad input (of relax, too)."""
 
 import errno
 import json
 import lzma
 import os
-from importlib import import_module
 from pathlib import Path
 
-import ase
 import numpy as np
 import pytest
-from ase.build import bulk, molecule
-from ase.constraints import FixAtoms
+from ase.build import bulk
 from ase.io import read, write
 
 from matfound.cli.main import main
@@ -34,119 +31,6 @@ def copper():
 
 def leftovers(folder):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
-# -------------------------------------------------------------------------------------------------------------------- relax
-
-
-def test_relax(here, copper, model, capsys):
-    write("in.cif", copper)
-    assert (
-        main(["relax", "in.cif", "--model", str(model), "--cell", "--fmax", "0.02", "--optimizer", "lbfgs", "--trajectory", "t.traj"]) == 0
-    )
-    out, err = capsys.readouterr()
-    result = read("in-relaxed.extxyz")
-    assert np.linalg.norm(result.get_forces(), axis=1).max() < 0.02
-    assert result.cell.volume < copper.cell.volume
-    assert result.get_stress().shape == (6,)
-    assert result.info["gap"] == 29.0
-    for text in ("before", "after", "energy per atom", "largest force", "largest stress", "volume", "space group", "largest displacement"):
-        assert text in out
-    assert f"{result.cell.volume:.4f}" in out
-    assert f"{result.get_potential_energy():.5f}" in out
-    assert "written to in-relaxed.extxyz" in out
-    assert err == ""
-    assert len(read("t.traj", ":")) > 2
-    assert leftovers(here) == []
-
-
-@pytest.mark.parametrize("name", ["out.extxyz", "out.xyz", "out.cif", "out.traj", "out.vasp", "deep/er/out.json"])
-def test_relax_writes_by_suffix(here, copper, model, name):
-    write("in.extxyz", copper)
-    assert main(["relax", "in.extxyz", "--model", str(model), "--out", name, "--steps", "1", "--fmax", "9"]) == 0
-    assert len(read(name)) == 4
-
-
-def test_relax_several(here, copper, model, capsys):
-    held = copper.copy()
-    held.set_constraint(FixAtoms([0, 1]))
-    held.info["name"] = "the second"
-    write("in.extxyz", [held, molecule("H2O"), copper])
-    assert main(["relax", "in.extxyz", "--model", str(model), "--fmax", "0.5", "--trajectory", "t.traj", "--steps", "200"]) == 0
-    out = capsys.readouterr().out
-    frames = read("in-relaxed.extxyz", ":")
-    assert len(frames) == 3
-    np.testing.assert_allclose(frames[0].positions[:2], copper.positions[:2], atol=1e-8)
-    assert frames[0].info["name"] == "the second"
-    assert len(frames[0].constraints) == 1
-    assert "3 structures" in out
-    assert "H2O" in out
-    assert "fixed atoms" in out
-    assert sorted(path.name for path in here.glob("*.traj")) == ["t-0.traj", "t-1.traj", "t-2.traj"]
-    assert main(["relax", "in.extxyz", "--model", str(model), "--index", "1", "--fmax", "0.5", "--out", "one.extxyz"]) == 0
-    assert read("one.extxyz", ":")[0].get_chemical_formula() == "H2O"
-    capsys.readouterr()
-    assert main(["relax", "in.extxyz", "--model", str(model), "--index", "0", "--fmax", "0.5", "--cell"]) == 0
-    assert "Cu4, 4 atoms, 2 of them held fixed: " in capsys.readouterr().out
-
-
-def test_relax_that_does_not_converge(here, copper, model, capsys):
-    write("in.extxyz", copper)
-    assert main(["relax", "in.extxyz", "--model", str(model), "--fmax", "1e-9", "--steps", "2"]) == 3
-    err = capsys.readouterr().err
-    assert err.startswith("matfound: the relaxation did not converge in 2 steps: fmax is 0.")
-    assert "not below 1e-09 (try more --steps)" in err
-    assert read("in-relaxed.extxyz").get_potential_energy() < 0
-    write("in.extxyz", [copper, ase.Atoms("H")])
-    assert main(["relax", "in.extxyz", "--model", str(model), "--fmax", "1e-9", "--steps", "2"]) == 3
-    assert "1 of 2 structures did not converge" in capsys.readouterr().err
-
-
-def test_relax_goes_on_after_a_bad_structure(here, copper, model, capsys):
-    uranium = bulk("U", "fcc", a=4.0)
-    write("in.extxyz", [uranium, copper])
-    assert main(["relax", "in.extxyz", "--model", str(model), "--fmax", "0.5"]) == 1
-    out, err = capsys.readouterr()
-    assert err.startswith("matfound: error: in.extxyz: frame 0: the model has not seen the element U")
-    assert err.count("\n") == 1
-    assert "failed" in out
-    assert read("in-relaxed.extxyz", ":")[0].get_chemical_formula() == "Cu4"
-    (here / "in-relaxed.extxyz").unlink()
-    write("in.extxyz", [uranium, uranium])
-    assert main(["relax", "in.extxyz", "--model", str(model)]) == 1
-    assert not (here / "in-relaxed.extxyz").exists()
-
-
-def test_relax_interrupted_keeps_what_is_done(here, copper, model, capsys, monkeypatch):
-    write("in.extxyz", [copper, copper])
-    verbs = import_module("matfound.cli.verbs")
-    real, calls = verbs._relax_one, []
-
-    def once(*args):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(verbs, "_relax_one", once)
-    assert main(["relax", "in.extxyz", "--model", str(model), "--fmax", "0.5"]) == 130
-    assert len(read("in-relaxed.extxyz", ":")) == 1
-
-
-def test_relax_does_not_overwrite_its_input(here, copper, model, capsys):
-    write("in.extxyz", copper)
-    before = (here / "in.extxyz").read_bytes()
-    assert main(["relax", "in.extxyz", "--model", str(model), "--out", "./in.extxyz"]) == 1
-    assert "in.extxyz: would overwrite the input" in capsys.readouterr().err
-    assert (here / "in.extxyz").read_bytes() == before
-    (here / "folder").mkdir()
-    assert main(["relax", "in.extxyz", "--model", str(model), "--out", "folder"]) == 1
-    assert "folder: is a folder" in capsys.readouterr().err
-    assert main(["relax", "in.extxyz", "--model", str(model), "--out", "out.nonsense"]) == 1
-    assert "out.nonsense: ASE writes no files called '*.nonsense'" in capsys.readouterr().err
-    write("two.extxyz", [copper, copper])
-    assert main(["relax", "two.extxyz", "--model", str(model), "--out", "out.vasp"]) == 1
-    assert "out.vasp: a file of type vasp holds one structure, there are 2" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ predict
@@ -213,9 +97,40 @@ def test_predict_heads(here, copper, morse, tmp_path, capsys):
         energies.append(read("out.extxyz").get_potential_energy())
     assert energies[1] == pytest.approx(2 * energies[0])
     assert main(["predict", "in.extxyz", "out.extxyz", "--model", str(two), "--head", "pbesol"]) == 1
-    assert "no dataset 'pbesol' (did you mean 'pbe'?)" in capsys.readouterr().err
+    assert "no level of theory 'pbesol' (did you mean 'pbe'?)" in capsys.readouterr().err
     assert main(["relax", "in.extxyz", "--model", str(two)]) == 1
     assert "several levels of theory" in capsys.readouterr().err
+
+
+def test_heads_of_the_frames(here, copper, morse, tmp_path, capsys):
+    """Each frame's own level of theory, in predict and evaluate; the option overrides; a wrong one is named with file and frame."""
+    from matfound.models import checkpoint
+
+    two = str(checkpoint.save(morse.potential(datasets=("pbe", "r2scan")), tmp_path / "two"))
+    energy = morse.oracle(copper)[0]
+    frames = []
+    for head, scale in (("pbe", 1), ("r2scan", 2), ("pbe", 1)):
+        frames.append(copper.copy())
+        frames[-1].info |= {"head": head, "REF_energy": scale * energy, "config_type": head}
+    write("in.extxyz", frames)
+    assert main(["predict", "in.extxyz", "out.extxyz", "--model", two]) == 0
+    found = read("out.extxyz", ":")
+    assert [atoms.get_potential_energy() for atoms in found] == pytest.approx([energy, 2 * energy, energy])
+    assert [atoms.info["head"] for atoms in found] == ["pbe", "r2scan", "pbe"]
+    for args, error in (([], 0.0), (["--head", "pbe"], abs(energy) / 4 / 3)):
+        write("pbe.extxyz", frames)  # of the name of one of the model's datasets: what a frame says comes first
+        for name in ("in.extxyz", "pbe.extxyz"):
+            assert main(["evaluate", "errors", name, "--model", two, "--key", "energy=REF_energy", "--out", "report", *args]) == 0
+            overall = json.loads((here / "report" / "errors.json").read_text())["overall"]
+            assert next(row for row in overall if row["field"] == "energy")["MAE"] == pytest.approx(error, abs=1e-7)
+    frames[1].info["head"] = "r2scn"
+    write("in.extxyz", frames)
+    capsys.readouterr()
+    for args in (["predict", "in.extxyz", "out.extxyz"], ["evaluate", "errors", "in.extxyz", "--key", "energy=REF_energy"]):
+        assert main([*args, "--model", two]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("matfound: error: in.extxyz: frame 1: ")
+        assert "asks for the level of theory 'r2scn' (info 'head'), which the model does not have (did you mean 'r2scan'?" in err
 
 
 def test_predict_leaves_the_old_output_when_it_fails(here, frames, model, capsys):

@@ -102,6 +102,20 @@ def test_split_by_file(dataset, tmp_path):
     assert data.test_dataloader() == []
 
 
+def test_split_by_file_and_frame(frames, tmp_path):
+    """Frame ids need not be unique where a split goes by file and frame."""
+    files = [tmp_path / folder / "cu.extxyz" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        ase.io.write(file, frames[:3], format="extxyz")
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"cu": {"train": [f"{files[0]}#2", f"{files[0]}#0"], "val": [f"{files[1]}#1"]}}))
+    data = module({"cu": FileDataset([str(file) for file in files])}, split=SplitConfig(file=str(split), key="file_frame"))
+    assert data.splits() == {"cu": {"train": [2, 0], "val": [4]}}
+    part = module({"cu": FileDataset(str(files[1]), index="1:")})
+    assert part.readers["cu"].keys("file_frame") == [f"{files[1]}#1", f"{files[1]}#2"]
+
+
 def test_bad_splits(dataset, tmp_path):
     with pytest.raises(InputError, match="either by a key or stratified, received by='group' and stratify='config_type'"):
         SplitConfig(by="group", stratify="config_type")

@@ -10,6 +10,8 @@ import torch
 from ase import units
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.io import read, write
@@ -347,3 +349,78 @@ def test_an_output_that_is_not_finite_is_refused(morse):
 def test_no_atoms_given(calculator):
     with pytest.raises(InputError, match="no atoms to calculate"):
         calculator.calculate()
+
+
+def test_changes_of_info(calculator):
+    """What is an input counts, whatever type it has; what is not, does not."""
+    atoms = molecule("H2O")
+    atoms.calc = calculator
+    atoms.get_potential_energy()
+    assert calculator.check_state(atoms) == []
+    values = {"charge": [1, np.float64(-1), np.array([2.0]), 0], "spin": [np.int64(1), 2.0], "head": ["default", np.str_("default")]}
+    expected = {"charge": [True] * 4, "spin": [True, True], "head": [True, False]}
+    for name, several in values.items():
+        for value, changed in zip(several, expected[name], strict=True):
+            atoms.info[name] = value
+            assert calculator.check_state(atoms) == ([name] if changed else [])
+            atoms.get_potential_energy()
+            assert calculator.check_state(atoms) == []
+    atoms.info["charge"] = array = np.array([1.0])
+    atoms.get_potential_energy()
+    array[0] = 2.0  # in place
+    assert calculator.check_state(atoms) == ["charge"]
+    atoms.get_potential_energy()
+    del atoms.info["charge"]
+    assert calculator.check_state(atoms) == ["charge"]
+    atoms.get_potential_energy()
+    atoms.info["comment"] = np.arange(3)
+    atoms.info["steps"] = 3
+    assert calculator.check_state(atoms) == []
+
+
+def test_the_head_in_info(morse):
+    two = morse.potential(datasets=("pbe", "r2scan"), default_dataset={"periodic": "r2scan", "molecular": "r2scan"})
+    water = molecule("H2O")
+    energy = morse.oracle(water)[0]
+    water.calc = calculator = Calculator(two)
+    for head, scale in (("pbe", 1), ("r2scan", 2), (np.str_("pbe"), 1), (None, 2), ("", 2)):
+        water.info["head"] = head
+        assert water.get_potential_energy() == pytest.approx(scale * energy)
+    water.info["head"] = "pbee"
+    message = (
+        r"asks for the level of theory 'pbee' \(info 'head'\), which the model does not have \(did you mean 'pbe'\?; head= overrides it"
+    )
+    for _ in range(2):
+        with pytest.raises(InputError, match=message):
+            water.get_potential_energy()
+    assert not calculator.results
+    water.calc = named = Calculator(two, head="pbe")  # what was said to the calculator counts for every structure
+    assert water.get_potential_energy() == pytest.approx(energy)
+    water.info["head"] = "r2scan"
+    assert named.check_state(water) == []
+    assert water.get_potential_energy() == pytest.approx(energy)
+
+
+def test_in_a_sum_of_calculators(morse):
+    """Energy, forces and stress add up; ASE's sum has a cache of its own, which does not look at info and can be switched off."""
+    two = morse.potential(datasets=("pbe", "r2scan"))
+    lj = LennardJones(sigma=3.0, epsilon=0.01, rc=6.0)
+    salt = bulk("NaCl", "rocksalt", a=5.0)
+    salt.rattle(0.1, seed=0)
+    salt.info["head"] = "pbe"
+    energy, forces, stress = morse.oracle(salt)
+    salt.calc = lj
+    more = salt.get_potential_energy(), salt.get_forces(), salt.get_stress(voigt=False)
+    salt.calc = SumCalculator([Calculator(two), lj])
+    assert salt.get_potential_energy() == pytest.approx(energy + more[0])
+    assert salt.get_potential_energy(force_consistent=True) == pytest.approx(energy + more[0])
+    np.testing.assert_allclose(salt.get_forces(), forces + more[1], atol=1e-12)
+    np.testing.assert_allclose(salt.get_stress(voigt=False), stress + more[2], atol=1e-12)
+    salt.calc.use_cache = False
+    salt.info["head"] = "r2scan"
+    assert salt.get_potential_energy() == pytest.approx(2 * energy + more[0])
+    np.testing.assert_allclose(salt.get_stress(voigt=False), 2 * stress + more[2], atol=1e-12)
+    water = molecule("H2O")
+    water.info["head"] = "pbe"
+    water.calc = SumCalculator([Calculator(two), lj])
+    assert np.isfinite(water.get_forces()).all()

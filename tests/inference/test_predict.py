@@ -140,10 +140,18 @@ def test_levels_of_theory(morse):
     assert energies(dataset="b") == pytest.approx([2 * e for e in plain])
     water.dataset = torch.tensor([-1])
     assert energies() == pytest.approx([2 * plain[0], plain[1]])
+    water.head = "b"  # by name comes before by number
+    water.dataset = torch.tensor([0])
+    assert energies() == pytest.approx([2 * plain[0], plain[1]])
+    assert energies(dataset="a") == pytest.approx(plain)
+    water.head = "c"
+    with pytest.raises(InputError, match=r"frame 0: the structure asks for the level of theory 'c' .*known: a, b; head= overrides it"):
+        energies()
+    del water.head
     water.dataset = torch.tensor([2])
     with pytest.raises(InputError, match="dataset index 2 is outside the model's 2 datasets"):
         energies()
-    with pytest.raises(InputError, match="no dataset 'c'"):
+    with pytest.raises(InputError, match="no level of theory 'c'"):
         predict(model, [], dataset="c")
 
 

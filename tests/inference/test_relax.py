@@ -4,7 +4,10 @@ import ase
 import numpy as np
 import pytest
 from ase.build import bulk, molecule
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 from ase.constraints import FixAtoms, FixSymmetry
+from ase.filters import FrechetCellFilter
 from ase.io import Trajectory, read, write
 from pymatgen.io.ase import AseAtomsAdaptor
 from scipy.optimize import minimize_scalar
@@ -12,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from matfound import Calculator, relax
 from matfound.errors import InputError
 from matfound.inference import relax as module
-from matfound.inference.relax import largest_displacement, space_group
+from matfound.inference.relax import OPTIMIZERS, largest_displacement, space_group
 from matfound.structures.ase import from_atoms
 
 
@@ -201,4 +204,56 @@ def test_progress_line(morse, crystal, capsys):
     line = module._Line(0.05)
     line.show({"step": 3, "energy": -1.25, "fmax": 0.125, "volume": 99.0})
     assert str(line.status.status) == "step    3   energy -1.25000 eV   fmax 0.1250 eV/Å (target 0.05)   volume 99.000 Å³"
+    line = module._Line(0.05, "2/7 a.cif")
+    line.show({"step": 3, "energy": -1.25, "fmax": 0.125})
+    assert str(line.status.status) == "2/7 a.cif   step    3   energy -1.25000 eV   fmax 0.1250 eV/Å (target 0.05)"
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("optimizer", ["FIRE", "LBFGS", "BFGS"])
+@pytest.mark.parametrize("cell", [False, True])
+def test_steps_and_end_are_those_of_ase(morse, optimizer, cell):
+    atoms = bulk("Cu", "fcc", a=3.4, cubic=True)
+    atoms.rattle(0.1, seed=0)
+    result = relax(atoms, morse.potential(), cell=cell, optimizer=optimizer)
+    atoms.calc = Calculator(morse.potential())
+    with OPTIMIZERS[optimizer](FrechetCellFilter(atoms) if cell else atoms, logfile=None) as run:
+        assert run.run(fmax=0.05, steps=500)
+    assert result.converged
+    assert result.steps == run.nsteps
+    assert result.after["energy"] == atoms.get_potential_energy()
+    np.testing.assert_array_equal(result.atoms.positions, atoms.positions)
+
+
+def test_the_forces_of_the_filter_converge(morse):
+    """With the cell compressed by a third, forces on atoms count less, as in ASE: they may be larger than fmax."""
+    atoms = bulk("Cu", "fcc", a=3.4, cubic=True)
+    atoms.rattle(0.1, seed=0)
+    result = relax(atoms, morse.potential(), cell=True)
+    assert result.converged
+    assert result.trace[-1]["fmax"] < 0.05
+    assert result.after["volume"] < 0.7 * result.before["volume"]
+
+
+def test_any_ase_calculator(crystal):
+    lj = LennardJones(sigma=2.3, epsilon=0.1, rc=5.0)
+    result = relax(crystal, lj, cell=True, fmax=0.01)
+    assert result.converged
+    assert result.atoms.get_potential_energy() == result.after["energy"]
+    assert result.atoms.get_stress().shape == (6,)
+    with pytest.raises(InputError, match="needs stress, which the model does not predict"):
+        relax(crystal, NoStress(), cell=True)
+
+
+class NoStress(LennardJones):
+    implemented_properties = ("energy", "forces")
+
+
+def test_with_dispersion_from_a_sum(morse, crystal):
+    lj = LennardJones(sigma=1.9, epsilon=0.02, rc=5.0)
+    plain = relax(crystal, morse.potential(), cell=True, fmax=0.01)
+    both = relax(crystal, SumCalculator([Calculator(morse.potential()), lj]), cell=True, fmax=0.01)
+    assert both.converged
+    assert both.after["energy"] < plain.after["energy"]
+    assert set(both.atoms.calc.results) == {"energy", "forces", "stress"}
+    assert not both.atoms.info

@@ -199,19 +199,27 @@ def test_charges_are_labels_and_initial_charges_are_not():
 
 def test_inputs_and_names():
     atoms = salt()
-    atoms.info.update(charge=1, spin=np.int64(2), frame_id=17, config_type="bulk", unknown="x")
+    atoms.info.update(charge=1, spin=np.int64(2), head=np.str_("r2scan"), frame_id=17, config_type="bulk", unknown="x")
     atoms.set_tags([2, 1])
     atoms.set_constraint([FixAtoms([1]), FixAtoms(mask=[False, True]), FixCartesian(0, mask=(True, False, False))])
     data = from_atoms(atoms, labels=False)
     assert data.charge.tolist() == [1.0]
     assert data.charge.dtype == torch.float64
     assert data.spin.tolist() == [2.0]
-    assert (data.id, data.config_type) == ("17", "bulk")
+    assert (data.id, data.config_type, data.head) == ("17", "bulk", "r2scan")
+    assert type(data.head) is str
     assert data.tags.tolist() == [2, 1]
     assert data.fixed.tolist() == [0, 1]
     assert "tags" not in from_atoms(salt())
     assert "fixed" not in from_atoms(salt())
-    assert collate([data, from_atoms(salt())]).config_type == ["bulk", ""]
+    batch = collate([data, from_atoms(salt())])
+    assert (batch.config_type, batch.head) == (["bulk", ""], ["r2scan", ""])
+    first, second = batch.to_list()
+    assert first.to_atoms().info["head"] == "r2scan"
+    assert "head" not in second
+    assert from_atoms(salt(), keys=key_map({"head": "level"}), labels=False).keys() == from_atoms(salt(), labels=False).keys()
+    atoms.info["level"] = "pbe"
+    assert from_atoms(atoms, keys=key_map({"head": "level"})).head == "pbe"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +300,7 @@ def test_declared_fields_are_read_and_written(monkeypatch):
 
 VALUES = {
     "tags": np.array([2, 0]), "fixed": np.array([0, 1]), "charge": np.array([-1.0]), "spin": np.array([2.0]), "id": "frame 7",
-    "config_type": "bulk", "energy": np.array([-3.25]), "forces": np.arange(6.0).reshape(2, 3), "stress": STRESS[None],
+    "config_type": "bulk", "head": "r2scan", "energy": np.array([-3.25]), "forces": np.arange(6.0).reshape(2, 3), "stress": STRESS[None],
     "dipole": np.array([[0.1, 0.2, 0.3]]), "dipole_magnitude": np.array([0.9]), "gap": np.array([1.1]), "charges": np.array([0.5, -0.5]),
     "magmoms": np.array([1.0, 2.0]), "formation_energy": np.array([-0.3]), "hull_distance": np.array([0.01]),
 }  # fmt: skip
@@ -340,7 +348,7 @@ def test_where_to_atoms_puts_things():
     assert atoms.get_stress().tolist() == VOIGT.tolist()
     assert atoms.get_charges().tolist() == [0.5, -0.5]
     assert atoms.info == {
-        "charge": -1.0, "spin": 2.0, "frame_id": "frame 7", "config_type": "bulk", "dipole_magnitude": 0.9, "gap": 1.1,
+        "charge": -1.0, "spin": 2.0, "head": "r2scan", "frame_id": "frame 7", "config_type": "bulk", "dipole_magnitude": 0.9, "gap": 1.1,
         "formation_energy_per_atom": -0.3, "e_above_hull": 0.01,
     }  # fmt: skip
     assert type(atoms.info["gap"]) is float

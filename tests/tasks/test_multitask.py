@@ -245,6 +245,49 @@ def test_scales_of_the_model_are_left_alone(stage, fit_scales, make, structure):
     assert module.scales.gap.tolist() == [4.0 if stage == "fit" else 1.0, 1.0]
 
 
+def test_references_alone_are_refitted(make, structure):
+    module = make(target("energy"), target("forces"), target("gap"), fit_scales="references", refit=["molecules"])
+    before = {name: value.clone() for name, value in module.potential.state_dict().items()}
+    predicted = float(module.potential(structure("water"))["energy"])
+    forces = double([2.0, 0, 0], [0, -2.0, 0], [0, 0, 0])
+    samples = [structure("water", energy=double(predicted + 6.0 + e), forces=forces, gap=double(4.0)) for e in (0.3, -0.3)]
+    samples.append(structure("salt", energy=double(-2000.0)))
+    attach(module, Data(samples), max_epochs=1)
+    module.setup("fit")
+    (found,) = module.refitted
+    assert found.dataset == "molecules" and found.residual == pytest.approx(0.1)
+    changed = {
+        name for name, value in module.potential.state_dict().items() if not torch.equal(value.nan_to_num(), before[name].nan_to_num())
+    }
+    assert changed == {"heads.energy.table.reference"}
+    shift = module.potential.heads["energy"].table.reference - before["heads.energy.table.reference"]
+    assert (2 * shift[0, 1] + shift[0, 8]).item() == pytest.approx(6.0)
+    assert not shift[1].nan_to_num().any(), "only what was named"
+    assert module.scales.energy[0].item() == pytest.approx(0.1 * 2**0.5)  # of two energies, one is used up
+    assert module.scales.forces[0].item() == pytest.approx((8 / 9) ** 0.5)
+    assert module.scales.gap[0].item() == 4.0
+
+
+def test_energies_that_agree_already_do_not_drown_the_forces(make, structure):
+    module = make(target("energy"), target("forces"), fit_scales="references", refit=["molecules"])
+    predicted = float(module.potential(structure("water"))["energy"])
+    forces = double([2.0, 0, 0], [0, -2.0, 0], [0, 0, 0])
+    attach(module, Data([structure("water", energy=double(predicted), forces=forces)] * 2), max_epochs=1)
+    module.setup("fit")
+    assert module.scales.energy[0].item() == pytest.approx(0.01 * (8 / 9) ** 0.5)
+    module = make(target("energy"), fit_scales="references", isolated_atoms={"H": -13.6})
+    attach(module, Data([structure("water", energy=double(predicted))] * 2), max_epochs=1)
+    module.setup("fit")
+    assert module.scales.energy[0].item() == pytest.approx(1e-3)
+    assert module.refitted[0].isolated == ["H"]
+
+
+@pytest.mark.parametrize("options", [{"isolated_atoms": {"H": -13.6}}, {"refit": ["molecules"], "fit_scales": False}])
+def test_arguments_of_the_refit_need_it(make, options):
+    with pytest.raises(InputError, match="go with fit_scales: references"):
+        make(target("energy"), **options)
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
