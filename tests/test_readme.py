@@ -72,7 +72,10 @@ def run_commands(text: str, targets: set[str]) -> None:
             assert words[0] in OTHER_COMMANDS, line
             continue
         if words[1] == "fit":
-            words += [*SMALL, *ONE_BATCH] if any(Path(word).is_file() for word in words) else ["--print_config"]
+            own = [] if "recipes/finetune.yaml" in words else SMALL  # a model that is there already has its size
+            words += [*own, *ONE_BATCH] if any(Path(word).is_file() for word in words) else ["--print_config"]
+        if words[1] == "finetune":
+            words += ONE_BATCH
         assert words[1] != "demo", "too long to be run here: show `make demo`"
         assert main(words[1:]) in EXIT_CODES, line
 

@@ -1,7 +1,6 @@
 """`matfound models ls|show|fetch`: published potentials; `matfound convert`: checkpoints of other projects to folders of ours."""
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,12 +231,7 @@ def _installed_as_published(weights: "WeightsCard") -> bool:
     from matfound.models import published
 
     file = published.installed(weights)
-    return file is not None and _sha256(file) == weights.sha256
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file is not None and published.sha256(file) == weights.sha256
 
 
 def _ask(question: str) -> None:
@@ -292,7 +286,7 @@ def _convert_file(file: Path, datasets: list[str]) -> "tuple[Potential, dict[str
         raise InputError(
             "no such file, and no published potential of that name", remedy="known: " + ", ".join(published.names()), file=file
         )
-    digest = _sha256(file)
+    digest = published.sha256(file)
     for name, card, weights in map(published.card, published.names()):
         if digest == weights.sha256:
             return convert(file, datasets or weights.datasets, weights.licence), published.front_matter(name, card)

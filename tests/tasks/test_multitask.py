@@ -248,7 +248,7 @@ def test_scales_of_the_model_are_left_alone(stage, fit_scales, make, structure):
 def test_references_alone_are_refitted(make, structure):
     module = make(target("energy"), target("forces"), target("gap"), fit_scales="references", refit=["molecules"])
     before = {name: value.clone() for name, value in module.potential.state_dict().items()}
-    predicted = float(module.potential(structure("water"))["energy"])
+    predicted = module.potential(structure("water"))["energy"].item()
     forces = double([2.0, 0, 0], [0, -2.0, 0], [0, 0, 0])
     samples = [structure("water", energy=double(predicted + 6.0 + e), forces=forces, gap=double(4.0)) for e in (0.3, -0.3)]
     samples.append(structure("salt", energy=double(-2000.0)))
@@ -270,7 +270,7 @@ def test_references_alone_are_refitted(make, structure):
 
 def test_energies_that_agree_already_do_not_drown_the_forces(make, structure):
     module = make(target("energy"), target("forces"), fit_scales="references", refit=["molecules"])
-    predicted = float(module.potential(structure("water"))["energy"])
+    predicted = module.potential(structure("water"))["energy"].item()
     forces = double([2.0, 0, 0], [0, -2.0, 0], [0, 0, 0])
     attach(module, Data([structure("water", energy=double(predicted), forces=forces)] * 2), max_epochs=1)
     module.setup("fit")

@@ -189,7 +189,6 @@ class _Config:
         if basis["radial_basis_name"] != "bessel":
             raise InputError(f"the radial basis '{basis['radial_basis_name']}' is not known", remedy="known: bessel")
         hidden = max(self.irreps, key=lambda irreps: irreps.dim)
-        row = list(range(len(self.modalities)))
         backbone = NequIP(
             cutoff=self.cutoff,
             num_layers=self.layers,
@@ -205,7 +204,7 @@ class _Config:
             envelope_onset=float(envelope["cutoff_on"]) if kind == "XPLOR" else None,
             normalize_harmonics=bool(self.raw.get("_normalize_sph", False)),
             embedding_scale=len(self.elements) ** -0.5,
-            **({"modalities": row} if row else {}),
+            modalities=list(range(len(self.modalities))) or None,
         )
         current = self.irreps[0]
         for n, (layer, irreps) in enumerate(zip(backbone.layers, self.irreps[1:], strict=True)):
@@ -280,7 +279,9 @@ def _without_modality(weight: Tensor, fan: int) -> None:
 def _columns(layer: Interaction, config: _Config, couplings: Mapping[tuple[int, int, int], Tensor], n: int) -> tuple[Tensor, Tensor]:
     """For each radial weight of a layer here, its column in the file and the sign that it takes."""
     blocks, irreps_sh = layer.spec.blocks_in, config.irreps_sh
-    found = [(i, j, ir) for i, (_, ir_in) in enumerate(blocks) for j, (_, ir_sh) in enumerate(irreps_sh) for ir in _products(ir_in, ir_sh, layer)]
+    found = [
+        (i, j, ir) for i, (_, ir_in) in enumerate(blocks) for j, (_, ir_sh) in enumerate(irreps_sh) for ir in _products(ir_in, ir_sh, layer)
+    ]
     order = sorted(range(len(found)), key=lambda k: found[k][2]) if config.sorted_columns else list(range(len(found)))
     start: dict[tuple[int, int, Irrep], int] = {}
     count = 0
@@ -332,6 +333,7 @@ def _load_readout(head: EnergyHead, config: _Config, state: _State, width: int) 
     head.readout.last.copy_(state.take("reduce_hidden_to_energy.linear.weight", *head.readout.last.shape))
     for name, table in (("shift", head.table.reference), ("scale", head.table.scale)):
         values = state.take(f"rescale_atomic_energy.{name}").double()
+        values = values.reshape(1) if values.dim() == 0 else values
         if values.shape[-1:] not in ((1,), (len(config.elements),)) or (values.dim() == 2 and len(values) != len(table)):
             raise InputError(f"the tensor 'rescale_atomic_energy.{name}' has the shape {tuple(values.shape)}")
         rows = values.expand(len(table), len(config.elements))
