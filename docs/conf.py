@@ -1,6 +1,9 @@
 """Sphinx configuration: `make docs`."""
 
+import os
 import re
+import sys
+from pathlib import Path
 
 import matfound
 
@@ -14,9 +17,12 @@ exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = "matfound"
 
-# fields.md is a notebook: its table is made from the code when the pages are built.
+# fields.md and the tutorials are notebooks: what they show is made when the pages are built, each in a folder of its own.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True
+nb_execution_timeout = 300  # seconds for one cell
+nb_merge_streams = True
 nb_render_markdown_format = "myst"  # with tables
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
@@ -27,6 +33,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+# The notebooks' shells find `matfound`, and know how wide a page is.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ["COLUMNS"] = "88"
+os.environ["PYTHONSTARTUP"] = str(Path(__file__).with_name("notebook_startup.py"))
 
 
 def plain_text(app, what, name, obj, options, lines):

@@ -213,7 +213,8 @@ def _fill(recipe: dict[str, Any], args: argparse.Namespace, data: "Data", model:
         place = usable_device(args.device)
         trainer["accelerator"] = {"cuda": "gpu"}.get(place.type, place.type)
         trainer["devices"] = 1 if place.index is None else [place.index]
-    recipe["report"] = merge(recipe.get("report", {}), {"card": {"model_name": data.name, "base_model": str(args.model)}})
+    ours = {"title": f"{Path(args.model).name} fine-tuned on {data.name}", "card": {"model_name": data.name, "base_model": str(args.model)}}
+    recipe["report"] = merge(ours, recipe.get("report", {}))
 
 
 # ------------------------------------------------------------------------------------------------------------------ results

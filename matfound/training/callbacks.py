@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ def held_out_errors(trainer: Trainer, potential: Potential, part: str, *, fitted
         InputError: a prediction is not finite; names the structure.
     """
     table, left_out = ErrorTable(), 0
+    add = _add_errors if fitted else partial(_add_errors, fitted=False)
     device = next(potential.parameters()).device
     # Lightning has moved the model to the CPU by now.
     potential.to(trainer.strategy.root_device)
@@ -225,7 +227,7 @@ def held_out_errors(trainer: Trainer, potential: Potential, part: str, *, fitted
         predictions = evaluate(potential, batch.to(trainer.strategy.root_device))
         for sample, predicted in zip(batch.cpu().to_list(), split(predictions, batch.cpu()), strict=True):
             if set(sample.numbers.tolist()) <= potential.elements(int(sample.dataset)):
-                _add_errors(table, potential, sample, predicted, fitted)
+                add(table, potential, sample, predicted)
             else:
                 left_out += 1
     potential.to(device)

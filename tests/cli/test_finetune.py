@@ -146,6 +146,7 @@ def test_the_report(finished):
     ):
         assert text in html, text
     assert "linear element references fitted" not in html
+    assert "<h1>pbe fine-tuned on train</h1>" in html
 
 
 def test_it_is_a_run_of_fit(finished, capsys):
