@@ -1,14 +1,18 @@
-"""What the documents show, runs: every Python block, every YAML block and every `matfound` command of README.md and docs/*.md.
+"""What the documents show, runs: every Python block, YAML block and `matfound` command of README.md and docs/*.md, and the tutorials.
 
 The blocks of a document run in order, in one namespace and one folder that has `in.cif`, `my.extxyz` and a barely trained model, as
 `demo/model` and `runs/minidft/model`. A YAML block is written to the file that its first line names. Training is cut down to one batch on
 files that a document brings along, and else to reading the recipe. Blocks that name a published potential run where its weights are.
+
+Tutorials are notebooks and run as they are, in order, in one namespace and one empty folder; `%%bash` and `%%writefile` stand for what
+they are in a notebook.
 """
 
 import importlib.util
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,16 @@ from matfound.cli.main import main
 
 REPO = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+TUTORIALS = sorted((REPO / "docs/tutorials").glob("*.md"))
+CELL = re.compile(r"^```\{code-cell\}\n(?::.*\n)*\n?(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 ONE_BATCH = [f"--trainer.{option}=1" for option in ("max_epochs", "limit_train_batches", "limit_val_batches", "check_val_every_n_epoch")]
 SMALL = [f"--model.potential.init_args.backbone.init_args.{option}" for option in ("num_layers=2", "irreps=8x0e+8x1o", "lmax=1")]
 #: What may stand at the start of a line of a bash block, beside `matfound`.
 OTHER_COMMANDS = ("make", "python3", ".venv/bin/pip")
+#: And in a tutorial.
+TUTORIAL_COMMANDS = ("ls", "cat")
 #: Blocks with this in them need the weights in the package sevenn.
 NEEDS_WEIGHTS = "sevennet-"
 #: Fine, and written but not converged: the model is hardly trained.
@@ -109,7 +117,47 @@ def test_blocks(path: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest
         fields.FIELDS.update(known)
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, REPO / "CONTRIBUTING.md"], ids=name)
+def run_cell(path: Path, line: int, text: str, namespace: dict[str, Any]) -> None:
+    magic, _, body = text.partition("\n")
+    if magic == "%%bash":
+        for command in body.replace("\\\n", " ").splitlines():
+            words = [word for given in shlex.split(command) for word in (sorted(map(str, Path().glob(given))) or [given])]
+            words = words[2:] if words[:2] == ["python", "-m"] else words
+            assert words[0] in ("matfound", *TUTORIAL_COMMANDS), command
+            assert words[0] != "matfound" or main(words[1:]) == 0, command
+    elif magic.startswith("%%writefile "):
+        Path(magic.split()[1]).write_text(body, encoding="utf-8")
+    else:
+        exec(compile("\n" * line + text, name(path), "exec"), namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in TUTORIALS if CELL.search(path.read_text(encoding="utf-8"))], ids=name)
+def test_tutorials(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    if NEEDS_WEIGHTS in text and importlib.util.find_spec("sevenn") is None:
+        pytest.skip("the published weights are not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("MATFOUND_CACHE", str(tmp_path / "cache"))
+    known, modules = dict(fields.FIELDS), set(sys.modules)
+    namespace: dict[str, Any] = {"__name__": "document"}
+    try:
+        for cell in CELL.finditer(text):
+            capsys.readouterr()
+            line = text[: cell.start()].count("\n") + 1
+            run_cell(path, line, cell[1], namespace)
+            assert "except " not in cell[1] or capsys.readouterr().out or "%%" in cell[1], f"{name(path)}:{line}: no error was shown"
+    finally:
+        fields.FIELDS.clear()
+        fields.FIELDS.update(known)
+        for module in set(sys.modules) - modules:
+            if str(getattr(sys.modules[module], "__file__", "")).startswith(str(tmp_path)):
+                del sys.modules[module]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *TUTORIALS, REPO / "CONTRIBUTING.md"], ids=name)
 def test_links(path: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in link:

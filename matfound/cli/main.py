@@ -81,6 +81,10 @@ def build_parser(verb: str | None = None) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (see `EPILOG`) and raises nothing that a user can cause."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Idle threads of torch's OpenMP spin for milliseconds, which makes two threads several times slower than one as soon as another
+        # process wants the core. Read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return _main(args)
     except InputError as error:

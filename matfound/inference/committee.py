@@ -45,7 +45,7 @@ class Committee(ModelCalculator):
     The mean of conservative members is conservative. Members with equal graphs share one neighbour list.
 
     Args:
-        models: at least two: names or folders of checkpoints, or `Potential`s (which are copied).
+        models: at least two: names or folders of checkpoints, or `Potential` objects (which are copied).
         device: see `Calculator`.
         dtype: see `Calculator`; None takes the type of each member's weights.
         head: level of theory, which every member must have; None takes `atoms.info["head"]`, else each member's default.
