@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ase.build
+import ase.cli.main
 import ase.io
 import pytest
 
@@ -26,13 +27,13 @@ from matfound.cli.main import main
 REPO = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 TUTORIALS = sorted((REPO / "docs/tutorials").glob("*.md"))
-CELL = re.compile(r"^```\{code-cell\}\n(?::.*\n)*\n?(.*?)^```$", re.MULTILINE | re.DOTALL)
+CELL = re.compile(r"^```\{code-cell\}\n(?::[^\n]*\n)*\n?(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 ONE_BATCH = [f"--trainer.{option}=1" for option in ("max_epochs", "limit_train_batches", "limit_val_batches", "check_val_every_n_epoch")]
 SMALL = [f"--model.potential.init_args.backbone.init_args.{option}" for option in ("num_layers=2", "irreps=8x0e+8x1o", "lmax=1")]
-#: What may stand at the start of a line of a bash block, beside `matfound`.
-OTHER_COMMANDS = ("make", "python3", ".venv/bin/pip")
+#: What may stand at the start of a line of a bash block, beside `matfound` and `ase`, which are run.
+OTHER_COMMANDS = ("make", "pip", "python3", ".venv/bin/pip")
 #: And in a tutorial.
 TUTORIAL_COMMANDS = ("ls", "cat")
 #: Blocks with this in them need the weights in the package sevenn.
@@ -76,8 +77,11 @@ def run_commands(text: str, targets: set[str]) -> None:
             continue
         if words[0] == "make":
             assert words[1] in targets, f"make has no target {words[1]}"
-        if words[0] != "matfound":
+        if words[0] == "ase":
+            ase.cli.main.main(args=words[1:])
+        elif words[0] != "matfound":
             assert words[0] in OTHER_COMMANDS, line
+        if words[0] != "matfound":
             continue
         if words[1] == "fit":
             own = [] if "recipes/finetune.yaml" in words else SMALL  # a model that is there already has its size
@@ -143,6 +147,7 @@ def test_tutorials(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("MATFOUND_CACHE", str(tmp_path / "cache"))
     known, modules = dict(fields.FIELDS), set(sys.modules)
     namespace: dict[str, Any] = {"__name__": "document"}
+    assert len(CELL.findall(text)) == text.count("\n```{code-cell}"), "a cell was not recognised"
     try:
         for cell in CELL.finditer(text):
             capsys.readouterr()

@@ -35,8 +35,14 @@ def add_index(parser: Any) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --head, --device, --dtype."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="M", help="checkpoint folder")
-    group.add_argument("--head", metavar="NAME", help="level of theory, where the model has several")
+    group.add_argument(
+        "--model", required=True, metavar="M", help="checkpoint folder, or the name of a published model (see `matfound models ls`)"
+    )
+    group.add_argument(
+        "--head",
+        metavar="NAME",
+        help="level of theory, where the model has several (default: each frame's info 'head', else the model's default)",
+    )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     group.add_argument("--dtype", choices=("float32", "float64"), help="default: the type of the weights")
 

@@ -108,9 +108,10 @@ def check_elements(potential: Potential, numbers: Tensor, dataset: int) -> None:
     seen = ", ".join(chemical_symbols[number] for number in sorted(known)[:30]) + (", …" if len(known) > 30 else "")
     of = f" of '{potential.datasets[dataset]}'" if len(potential.datasets) > 1 else ""
     plural = "s" if len(unknown) > 1 else ""
+    others = [name for other, name in enumerate(potential.datasets) if set(unknown) <= potential.elements(other)]
     raise InputError(
         f"the model has not seen the element{plural} {what}: its training data{of} have {seen or 'none'}",
-        remedy="use another model, or fine-tune this one",
+        remedy=f"use head={others[0]}, which has" if others else "use another model, or fine-tune this one",
     )
 
 

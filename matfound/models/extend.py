@@ -55,6 +55,8 @@ def extend(
     config["init_args"]["datasets"] = [*old.datasets, dataset]
     config["init_args"]["default_dataset"] = {"molecular": dataset, "periodic": dataset}
     config["init_args"]["backbone"]["init_args"] |= old.backbone.grown(index)
+    for name, head in old.heads.items():
+        config["init_args"]["heads"][name]["init_args"] |= head.grown(index)  # type: ignore[operator]
     new: Potential = build(config)
     new.to(device=next(old.parameters()).device, dtype=old.dtype)
     expected, state = new.state_dict(), old.state_dict()
@@ -89,11 +91,12 @@ def parent_index(potential: Potential, parent: str | None) -> int:
 
 
 def _grown(name: str, value: Tensor, shape: torch.Size, datasets: int, parent: int) -> Tensor:
-    """A tensor of the model, with one more row for the new dataset where it has a row for each."""
+    """A tensor of the model, with one more row for the new dataset where it has a row for each, or one for all."""
     if value.shape == shape:
         return value
     axes = [axis for axis, (a, b) in enumerate(zip(value.shape, shape, strict=False)) if a != b]
-    if len(value.shape) != len(shape) or len(axes) != 1 or (value.shape[axes[0]], shape[axes[0]]) != (datasets, datasets + 1):
+    sizes = (value.shape[axes[0]], shape[axes[0]]) if len(value.shape) == len(shape) and len(axes) == 1 else None
+    if sizes not in ((datasets, datasets + 1), (1, datasets + 1)):
         raise InputError(f"the model cannot grow: '{name}' would go from shape {tuple(value.shape)} to {tuple(shape)}")
-    rows = torch.tensor([*range(datasets), parent], device=value.device)
-    return value.index_select(axes[0], rows)
+    rows = [*range(datasets), parent] if sizes == (datasets, datasets + 1) else [0] * (datasets + 1)
+    return value.index_select(axes[0], torch.tensor(rows, device=value.device))

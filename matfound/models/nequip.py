@@ -26,7 +26,7 @@ from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.ops.tensor_product import TensorProductSpec, tensor_product_gather_sum
 from matfound.structures.atomic_data import AtomicData
 
-SelfConnection = Literal["linear", "nequip", "none"]
+SelfConnection = Literal["linear", "nequip", "elements", "none"]
 
 
 class Interaction(nn.Module):
@@ -38,7 +38,8 @@ class Interaction(nn.Module):
         irreps_sh: harmonics of the edges.
         radial: widths of the weight network, from the number of radial functions to the last hidden layer.
         num_elements: for the element-wise self-connection.
-        self_connection: "linear" (SevenNet), "nequip" (a matrix an element) or "none".
+        self_connection: "linear" (SevenNet), "nequip" (a matrix an element), "elements" (the same divided by the root of the number of
+            elements, as e3nn normalises a product with one-hot vectors) or "none".
         normalize_radial: second-moment factor in the weight network (see `RadialMLP`).
         modalities: width of the one-hot vector that is appended to the scalars of both linear maps.
         backend: of the tensor product, see `matfound.ops.backends`.
@@ -67,7 +68,8 @@ class Interaction(nn.Module):
         self.linear_in = IrrepsLinear(irreps_in + extra, irreps_in)
         self.weight_network = RadialMLP([*radial, self.spec.weight_numel], normalize=normalize_radial)
         self.linear_out = IrrepsLinear(self.spec.irreps_out + extra, irreps_gate)
-        self.elementwise = self_connection == "nequip"
+        self.elementwise = self_connection in ("nequip", "elements")
+        self.connection_scale = num_elements**-0.5 if self_connection == "elements" else 1.0
         self.self_connection = None
         if self_connection != "none":
             self.self_connection = IrrepsLinear(irreps_in, irreps_gate, num_elements if self.elementwise else None)
@@ -89,7 +91,7 @@ class Interaction(nn.Module):
         messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend)
         out = self.linear_out(_append(messages / self.denominator, modality))
         if self.self_connection is not None:
-            out = out + self.self_connection(x, element if self.elementwise else None)
+            out = out + self.connection_scale * self.self_connection(x, element if self.elementwise else None)
         return self.gate(out)
 
 
@@ -100,13 +102,15 @@ class NequIP(Backbone):
         cutoff: Å.
         num_layers: interaction layers.
         irreps: features between the layers, e.g. "32x0e+32x1o+32x2e" (natural parity), "32x0e+32x0o+…" (full O(3)) or, with
-            symmetry "SE3", all even: "128x0e+64x1e+32x2e". The last layer keeps the scalars only.
+            symmetry "SE3", all even: "128x0e+64x1e+32x2e". The last layer keeps the even scalars only. Or a list: what comes out of
+            each layer.
         lmax: highest degree of the edge harmonics.
         symmetry: "E3", or "SE3" where parity is ignored (SevenNet's published models).
         num_basis: Bessel functions.
         radial_hidden: hidden widths of the weight networks.
         elements: atomic numbers that the embedding knows, in the order of its rows.
-        self_connection: "linear" (SevenNet), "nequip" or "none".
+        self_connection: "linear" (SevenNet), "nequip" (a matrix an element, none in the first layer), "elements" (SevenNet's larger models:
+            a matrix an element in every layer) or "none".
         envelope: "polynomial" (p = `envelope_p`) or "xplor" (onset at `envelope_onset` Å).
         trainable_basis: train the frequencies of the Bessel functions.
         normalize_harmonics: harmonics of directions; False: of raw vectors (SevenNet-0 of May 2024).
@@ -125,7 +129,7 @@ class NequIP(Backbone):
         self,
         cutoff: float = 5.0,
         num_layers: int = 3,
-        irreps: str = "32x0e+32x1o+32x2e",
+        irreps: str | Sequence[str] = "32x0e+32x1o+32x2e",
         lmax: int = 2,
         symmetry: Literal["E3", "SE3"] = "E3",
         num_basis: int = 8,
@@ -145,24 +149,21 @@ class NequIP(Backbone):
         super().__init__()
         self.graphs = {MAIN_GRAPH: GraphSpec(cutoff)}
         self.symmetry = symmetry
-        hidden = Irreps(irreps)
-        if symmetry == "SE3" and any(ir.p == -1 for _, ir in hidden):
-            raise InputError(f"symmetry 'SE3' ignores parity: write all irreps as even, received '{irreps}'")
-        scalars = Irreps([(mul, ir) for mul, ir in hidden if ir.l == 0 and ir.p == 1])
-        if not scalars:
-            raise InputError(f"irreps needs even scalars (0e), received '{irreps}'")
-        self.modalities = list(modalities or [])
-        self.num_modalities = max(self.modalities, default=-1) + 1
-        self.channels = scalars.dim + self.num_modalities
-        self.embedding_scale = embedding_scale
-        self.lmax, self.normalize_harmonics = lmax, normalize_harmonics
         parity = -1 if symmetry == "E3" else 1
         irreps_sh = str(Irreps([(1, (l, parity**l)) for l in range(lmax + 1)]))
+        scalars, *outputs = _layer_irreps(irreps, irreps_sh, num_layers)
+        if symmetry == "SE3" and any(ir.p == -1 for text in outputs for _, ir in Irreps(text)):
+            raise InputError(f"symmetry 'SE3' ignores parity: write all irreps as even, received '{irreps}'")
+        self.modalities = list(modalities or [])
+        self.num_modalities = max(self.modalities, default=-1) + 1
+        self.channels = Irreps(outputs[-1] if outputs else scalars).dim + self.num_modalities
+        self.embedding_scale = embedding_scale
+        self.lmax, self.normalize_harmonics = lmax, normalize_harmonics
         self.elements = frozenset(elements)
         self.register_buffer("element_row", _element_rows(elements))
         if self.modalities:
             self.register_buffer("modality_row", torch.tensor(self.modalities))
-        self.embedding = nn.Parameter(torch.randn(len(elements), scalars.dim))
+        self.embedding = nn.Parameter(torch.randn(len(elements), Irreps(scalars).dim))
         cut: PolynomialCutoff | XPLORCutoff
         if envelope == "polynomial":
             cut = PolynomialCutoff(cutoff, envelope_p)
@@ -171,9 +172,8 @@ class NequIP(Backbone):
         self.continuity = cut.continuity
         self.basis = BesselBasis(cutoff, num_basis, cut, trainable=trainable_basis)
         layers: list[Interaction] = []
-        current = str(scalars)
-        for n in range(num_layers):
-            out = str(scalars) if n == num_layers - 1 else _reachable(current, irreps_sh, hidden)
+        current = scalars
+        for n, out in enumerate(outputs):
             connection: SelfConnection = "none" if self_connection == "nequip" and n == 0 else self_connection
             layers.append(
                 Interaction(
@@ -188,7 +188,7 @@ class NequIP(Backbone):
                     backend,
                 )
             )
-            current = str(layers[-1].gate.irreps_out)
+            current = out
         self.layers = nn.ModuleList(layers)
 
     def fit_scales(self, statistics: Statistics) -> None:
@@ -245,7 +245,37 @@ def _element_rows(elements: Sequence[int]) -> Int[Tensor, "119"]:
     return rows
 
 
-def _reachable(irreps_in: str, irreps_sh: str, wanted: Irreps) -> str:
+def _layer_irreps(irreps: str | Sequence[str], irreps_sh: str, num_layers: int) -> list[str]:
+    """What the embedding gives, and what comes out of each layer.
+
+    Raises:
+        InputError: no even scalars, or a list that does not fit the layers.
+    """
+    if isinstance(irreps, str):
+        found = [str(_even_scalars(irreps))]
+        for n in range(num_layers):
+            found.append(found[0] if n == num_layers - 1 else str(Gate(_reachable(found[-1], irreps_sh, irreps)).irreps_out))
+        return found
+    if len(irreps) != num_layers:
+        raise InputError(f"irreps is a list of {len(irreps)}, expected one for each of the {num_layers} layers")
+    found = [str(_even_scalars(irreps[0]))]
+    for n, text in enumerate(irreps):
+        if _reachable(found[-1], irreps_sh, text) != str(Irreps(text)):
+            raise InputError(f"layer {n} cannot make '{text}' of '{found[-1]}'", remedy="leave out what the product does not give")
+        found.append(str(Gate(text).irreps_out))
+    if _even_scalars(found[-1]) != Irreps(found[-1]):
+        raise InputError(f"the last layer gives even scalars only, received '{irreps[-1]}'", remedy="e.g. 128x0e")
+    return found
+
+
+def _even_scalars(irreps: str) -> Irreps:
+    scalars = Irreps([(mul, ir) for mul, ir in Irreps(irreps) if ir.l == 0 and ir.p == 1])
+    if not scalars:
+        raise InputError(f"irreps needs even scalars (0e), received '{irreps}'")
+    return scalars
+
+
+def _reachable(irreps_in: str, irreps_sh: str, wanted: str) -> str:
     """The blocks of `wanted` that a product of features and harmonics can fill."""
     found = {ir for _, a in Irreps(irreps_in) for _, b in Irreps(irreps_sh) for ir in a * b}
-    return str(Irreps([(mul, ir) for mul, ir in wanted if ir in found]))
+    return str(Irreps([(mul, ir) for mul, ir in Irreps(wanted) if ir in found]))

@@ -145,6 +145,10 @@ class Head(Configurable):
     def bind(self, channels: int, datasets: int) -> None:
         """Make the parameters for a backbone's width and a vocabulary of datasets; `Potential` calls this once."""
 
+    def grown(self, parent: int) -> dict[str, Any]:
+        """As `Backbone.grown`."""
+        return {}
+
     def elements(self, dataset: int) -> set[int] | None:
         """Atomic numbers that the head can judge in a dataset; None where it does not care. Default: None."""
         return None

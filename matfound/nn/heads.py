@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -204,6 +204,10 @@ class EnergyHead(Head):
     def bind(self, channels: int, datasets: int) -> None:
         self.readout = Readout(channels, self.hidden, 1, 1 if self.shared else datasets, self.activation)
         self.table = Float64Buffers(scale=torch.ones(datasets, 119), reference=torch.full((datasets, 119), torch.nan))
+
+    def grown(self, parent: int) -> dict[str, Any]:
+        """A new dataset gets a last layer of its own, and so do those that shared one."""
+        return {"shared": False} if self.shared else {}
 
     def elements(self, dataset: int) -> set[int]:
         """Elements with a reference energy in the dataset."""

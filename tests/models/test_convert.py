@@ -1,7 +1,9 @@
 """SevenNet checkpoints reproduce the original: published files against stored outputs, small ones against an independent reading."""
 
 import importlib.util
+import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -10,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from ase.stress import full_3x3_to_voigt_6_stress
-from e3nn.o3 import Irreps, wigner_3j
+from e3nn.nn import Gate
+from e3nn.o3 import FullyConnectedTensorProduct, Irreps, Linear, TensorProduct, spherical_harmonics, wigner_3j
 
 from matfound import testing
 from matfound.errors import InputError
+from matfound.graphs.neighbors import add_graphs, edge_vectors
+from matfound.graphs.spec import GraphSpec
 from matfound.inference.predict import predict
 from matfound.models import checkpoint, published
 from matfound.models.base import Potential
@@ -284,6 +289,8 @@ def test_modalities_are_datasets(tiny: ModuleType, water: list[ase.Atoms]) -> No
     grown = extend(potential, "mine", "B")
     assert alike(outputs(grown, water, "mine"), b)
     assert alike(outputs(grown, water, "A"), a)
+    assert potential.heads["energy"].readout.last.shape[0] == 1  # as in the file, so that the number of parameters is the same
+    assert grown.heads["energy"].readout.last.shape[0] == 3  # one more head is a last layer of its own
 
 
 @pytest.mark.parametrize("part", ["use_modal_self_inter_intro", "use_modal_self_inter_outro", "use_modal_output_block"])
@@ -340,14 +347,16 @@ def test_reads_files(tiny: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"self_connection_type": "nequip"}, "self_connection_type = 'nequip' is not known here"),
+        ({"self_connection_type": "none"}, "self_connection_type = 'none' is not known here"),
         ({"act_radial": "tanh"}, "act_radial = 'tanh'"),
         ({"act_gate": {"e": "tanh", "o": "tanh"}}, "act_gate"),
         ({"use_bias_in_linear": True}, "use_bias_in_linear = True"),
         ({"use_modal_node_embedding": True}, "use_modal_node_embedding"),
         ({"cutoff_function": {"cutoff_function_name": "cosine"}}, "cutoff function 'cosine'"),
         ({"radial_basis": {"radial_basis_name": "gauss"}}, "radial basis 'gauss'"),
-        ({"irreps_manual": ["4x0e", "4x0e+3x1e", "4x0e+3x1e+2x2e", "4x0e"]}, "layer 0 goes from"),
+        ({"irreps_manual": ["5x0e", "4x0e+3x1e+2x2e", "4x0e+3x1e+2x2e", "4x0e"]}, "layer 0 goes from 5x0e"),
+        ({"irreps_manual": ["4x0e", "4x0e+3x1e+2x2e", "4x0e+3x1e+2x2e", "4x0e+1x1e"]}, "the last layer gives even scalars only"),
+        ({"irreps_manual": ["4x0e", "4x0e+3x3e", "4x0e+3x1e+2x2e", "4x0e"]}, "layer 0 cannot make"),
         ({"_type_map": {1: 0, 8: 2}}, "does not number the elements"),
         ({"cutoff": "far"}, "training options cannot be read"),
     ],
@@ -362,3 +371,114 @@ def test_other_kinds_are_refused(options: dict, words: str, tiny: ModuleType) ->
 def test_names_must_fit(tiny: ModuleType) -> None:
     with pytest.raises(InputError, match="the file has the levels of theory A, B, received x, y"):
         sevennet.convert(content(tiny, {"A": 0, "B": 1}), ["x", "y"])
+
+
+# ------------------------------------------------- the other kinds of network: parity, a matrix an element, blocks that lead nowhere
+
+
+class Original(torch.nn.Module):
+    """A SevenNet of random weights in e3nn's own modules and layout, under SevenNet's names."""
+
+    def __init__(self, irreps: list[str], lmax: int, parity: int, elementwise: bool) -> None:
+        super().__init__()
+        self.sh = Irreps([(1, (l, parity**l)) for l in range(lmax + 1)])
+        self.irreps, self.elementwise = irreps, elementwise
+        self.embedding = torch.nn.Parameter(torch.randn(2, Irreps(irreps[0]).dim))
+        self.parts = torch.nn.ModuleList()
+        self.radial = torch.nn.ParameterList()
+        for n, (before, after) in enumerate(pairwise(irreps)):
+            scalars = Irreps([(mul, ir) for mul, ir in Irreps(after) if ir.l == 0])
+            gated = Irreps([(mul, ir) for mul, ir in Irreps(after) if ir.l > 0])
+            gates = Irreps(f"{gated.num_irreps}x0e" if gated else "")
+            acts = [torch.nn.functional.silu if ir.p == 1 else torch.tanh for _, ir in scalars]
+            gate = Gate(scalars, acts, gates, [torch.nn.functional.silu] * len(gates), gated)
+            last, top = n == len(irreps) - 2, Irreps(after).lmax
+            slots, instructions = [], []
+            for i, (mul, ir) in enumerate(Irreps(before)):
+                for j, (_, other) in enumerate(self.sh):
+                    for out in ir * other:
+                        if out.l <= top and (out.p == 1 or not last):
+                            instructions.append((i, j, len(slots), "uvu", True))
+                            slots.append((mul, out))
+            middle, place, _ = Irreps(slots).sort()
+            instructions = sorted([(i, j, place[k], mode, train) for i, j, k, mode, train in instructions], key=lambda path: path[2])
+            product = TensorProduct(before, self.sh, middle, instructions, shared_weights=False, internal_weights=False)
+            connection = FullyConnectedTensorProduct(before, "2x0e", gate.irreps_in) if elementwise else Linear(before, gate.irreps_in)
+            self.parts.append(
+                torch.nn.ModuleList([connection, Linear(before, before), product, Linear(middle.simplify(), gate.irreps_in), gate])
+            )
+            self.radial.append(torch.randn(5, product.weight_numel))
+
+    def forward(self, atoms: ase.Atoms) -> torch.Tensor:
+        row = torch.tensor(np.where(atoms.numbers == 1, 0, 1))
+        data = add_graphs(from_atoms(atoms, labels=False), {"main": GraphSpec(4.0)})
+        vectors, (source, target) = edge_vectors(data), data.edge_index
+        r = vectors.norm(dim=1, keepdim=True)
+        k = torch.arange(1, 6) * math.pi / 4.0
+        u = r / 4.0
+        basis = 0.5 * torch.sin(k.float().double() * r) / r * (1 - 28 * u**6 + 48 * u**7 - 21 * u**8)
+        harmonics = spherical_harmonics(self.sh, vectors, True, normalization="component")
+        onehot = torch.nn.functional.one_hot(row, 2).double()
+        x = self.embedding[row] / 2**0.5
+        for (connection, first, product, second, gate), radial in zip(self.parts, self.radial, strict=True):
+            kept = connection(x, onehot) if self.elementwise else connection(x)
+            messages = product(first(x)[source], harmonics, basis @ radial / 5**0.5)
+            summed = torch.zeros(len(x), messages.shape[1], dtype=torch.float64).index_add(0, target, messages) / 3.0
+            x = gate(second(summed) + kept)
+        return x.sum()
+
+    def checkpoint(self, parity: bool) -> dict:
+        state = {
+            "onehot_to_feature_x.linear.weight": self.embedding,
+            "edge_embedding.basis_function.coeffs": torch.arange(1, 6) * math.pi / 4.0,
+        }
+        for n, ((connection, first, product, second, _), radial) in enumerate(zip(self.parts, self.radial, strict=True)):
+            name = "fc_tensor_product" if self.elementwise else "linear"
+            state[f"{n}_self_connection_intro.{name}.weight"] = connection.weight
+            state[f"{n}_self_interaction_1.linear.weight"] = first.weight
+            state[f"{n}_self_interaction_2.linear.weight"] = second.weight
+            state[f"{n}_convolution.denominator"] = torch.tensor([3.0])
+            state[f"{n}_convolution.weight_nn.layer0.weight"] = radial
+            state |= {f"{n}_convolution.convolution.{key}": value for key, value in product.state_dict().items()}
+        width = Irreps(self.irreps[-1]).dim
+        state["reduce_input_to_hidden.linear.weight"] = torch.ones(width)  # x.sum() / √width
+        state["reduce_hidden_to_energy.linear.weight"] = torch.tensor([float(width) ** 0.5])
+        state |= {"rescale_atomic_energy.shift": torch.zeros(2), "rescale_atomic_energy.scale": torch.ones(2)}
+        config = {
+            "version": "0.12.0", "_type_map": {1: 0, 8: 1}, "cutoff": 4.0, "num_convolution_layer": len(self.parts),
+            "irreps_manual": self.irreps, "lmax": self.sh.lmax, "is_parity": parity, "radial_basis": {"radial_basis_name": "bessel"},
+            "cutoff_function": {"cutoff_function_name": "poly_cut", "poly_cut_p_value": 6}, "weight_nn_hidden_neurons": [],
+            "self_connection_type": "nequip" if self.elementwise else "linear", "_normalize_sph": True,
+        }  # fmt: skip
+        return {"model_state_dict": {key: value.detach() for key, value in state.items()}, "config": config}
+
+
+NATURAL = ["4x0e", "4x0e+3x1o+2x2e", "4x0e+3x1o+2x2e", "4x0e"]
+FULL = ["4x0e", "4x0e+3x1o+2x2e", "4x0e+3x1o+3x1e+2x2o+2x2e", "4x0o+4x0e+3x1o+2x1e+2x2o", "4x0e"]
+EVEN = ["4x0e", "4x0e+3x1e+2x2e", "4x0e+3x1e+2x2e", "4x0e"]
+
+
+@pytest.mark.parametrize("elementwise", [True, False], ids=["nequip", "linear"])
+@pytest.mark.parametrize(("irreps", "parity"), [(NATURAL, -1), (FULL, -1), (EVEN, 1)], ids=["natural", "full", "even"])
+def test_other_networks(irreps: list[str], parity: int, elementwise: bool, water: list[ase.Atoms]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        original = Original(irreps, 2, parity, elementwise).double()
+    checkpoint = original.checkpoint(parity == -1)
+    potential = small(checkpoint)
+    assert potential.backbone.symmetry == ("E3" if parity == -1 else "SE3")  # type: ignore[union-attr]
+    # Energies of e3nn's modules; its activations are normalised by a random estimate, which is good to some digits.
+    ours = outputs(potential, water)["energy"]
+    theirs = [float(original(atoms).detach()) for atoms in water]
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+    testing.check_symmetry(potential, water[0])
+
+
+def test_irreps_by_channels(tiny: ModuleType, water: list[ase.Atoms]) -> None:
+    """A file without irreps_manual has the same channels for everything that products give."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        original = Original(["4x0e", "4x0e+4x1o", "4x0e+4x1o+4x1e", "4x0e"], 1, -1, True).double()
+    explicit = original.checkpoint(True)
+    implicit = {**explicit, "config": explicit["config"] | {"irreps_manual": False, "channel": 4}}
+    assert alike(outputs(small(implicit), water), outputs(small(explicit), water))

@@ -161,13 +161,14 @@ class _Config:
             lmax_edge = int(raw.get("lmax_edge", -1))
             lmax = int(raw["lmax"]) if lmax_edge < 0 else lmax_edge
             parity = -1 if raw["is_parity"] else 1
+            irreps_sh = Irreps([(1, (l, parity**l)) for l in range(lmax + 1)])
             return cls(
                 raw=raw,
                 elements=elements,
                 cutoff=float(raw["cutoff"]),
                 layers=int(raw["num_convolution_layer"]),
-                irreps=[Irreps(text) for text in raw["irreps_manual"]],
-                irreps_sh=Irreps([(1, (l, parity**l)) for l in range(lmax + 1)]),
+                irreps=_irreps(raw, irreps_sh),
+                irreps_sh=irreps_sh,
                 modalities=modalities,
                 modal_parts=[bool(modalities) and bool(raw.get(part)) for part in _MODAL_PARTS],
                 sorted_columns=_version(str(raw["version"])) >= _SORTED_FROM,
@@ -188,17 +189,16 @@ class _Config:
         basis = dict(self.raw["radial_basis"])
         if basis["radial_basis_name"] != "bessel":
             raise InputError(f"the radial basis '{basis['radial_basis_name']}' is not known", remedy="known: bessel")
-        hidden = max(self.irreps, key=lambda irreps: irreps.dim)
         backbone = NequIP(
             cutoff=self.cutoff,
             num_layers=self.layers,
-            irreps=str(hidden),
+            irreps=[str(irreps) for irreps in self.irreps[1:]],
             lmax=self.irreps_sh.lmax,
             symmetry="E3" if self.raw["is_parity"] else "SE3",
             num_basis=state.peek("edge_embedding.basis_function.coeffs").numel(),
             radial_hidden=list(self.raw["weight_nn_hidden_neurons"]),
             elements=self.elements,
-            self_connection="linear",
+            self_connection="linear" if self.raw["self_connection_type"] == "linear" else "elements",
             envelope="xplor" if kind == "XPLOR" else "polynomial",
             envelope_p=int(envelope.get("poly_cut_p_value", 6)),
             envelope_onset=float(envelope["cutoff_on"]) if kind == "XPLOR" else None,
@@ -222,10 +222,26 @@ def _check_options(raw: Mapping[str, Any]) -> None:
     for key, activations in _ACTIVATIONS.items():
         if any(raw.get(key, activations).get(parity) != name for parity, name in activations.items()):
             raise InputError(f"the option {key} = {raw[key]!r} is not known here, expected {activations!r}")
-    if raw["self_connection_type"] != "linear":
-        raise InputError(f"the option self_connection_type = {raw['self_connection_type']!r} is not known here, expected 'linear'")
-    if not raw.get("irreps_manual"):
-        raise InputError("a file without 'irreps_manual' is not read")
+    if raw["self_connection_type"] not in ("linear", "nequip"):
+        raise InputError(
+            f"the option self_connection_type = {raw['self_connection_type']!r} is not known here", remedy="known: linear, nequip"
+        )
+
+
+def _irreps(raw: Mapping[str, Any], irreps_sh: Irreps) -> list[Irreps]:
+    """Features before and after each layer: as given, or as many channels of every irrep that the products give."""
+    if raw.get("irreps_manual"):
+        return [Irreps(text) for text in raw["irreps_manual"]]
+    layers, channels = int(raw["num_convolution_layer"]), int(raw["channel"])
+    lmax = int(raw["lmax_node"]) if int(raw.get("lmax_node", -1)) > 0 else int(raw["lmax"])
+    found = [Irreps([(channels, (0, 1))])]
+    for n in range(layers):
+        last = n == layers - 1
+        products = {
+            ir for _, a in found[-1] for _, b in irreps_sh for ir in a * b if ir.l <= (0 if last else lmax) and (ir.p == 1 or not last)
+        }
+        found.append(Irreps([(channels, ir) for ir in sorted(products)]))
+    return found
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -240,34 +256,60 @@ def _load_backbone(backbone: NequIP, config: _Config, state: _State) -> None:
     for n, layer in enumerate(backbone.layers):
         assert isinstance(layer, Interaction)
         assert layer.self_connection is not None
-        _load_linear(layer.self_connection.weights, state, f"{n}_self_connection_intro.linear.weight")
-        _load_linear(layer.linear_in.weights, state, f"{n}_self_interaction_1.linear.weight", number, has_modality=intro)
-        _load_linear(layer.linear_out.weights, state, f"{n}_self_interaction_2.linear.weight", number, has_modality=outro)
+        irreps_in, gate = layer.spec.blocks_in, layer.gate.irreps_in
+        paths = _paths(layer, config, last=n == config.layers - 1)
+        messages = Irreps([(irreps_in[i].mul, ir) for i, _, ir in sorted(paths, key=lambda path: path[2])]).simplify()
+        if layer.elementwise:
+            key = f"{n}_self_connection_intro.fc_tensor_product.weight"
+            _load_linear(layer.self_connection.weights, irreps_in, gate.simplify(), state, key, elements=len(config.elements))
+        else:
+            _load_linear(layer.self_connection.weights, irreps_in, gate.simplify(), state, f"{n}_self_connection_intro.linear.weight")
+        key = f"{n}_self_interaction_1.linear.weight"
+        _load_linear(layer.linear_in.weights, irreps_in, irreps_in, state, key, number, has_modality=intro)
+        key = f"{n}_self_interaction_2.linear.weight"
+        _load_linear(layer.linear_out.weights, messages, gate.simplify(), state, key, number, has_modality=outro)
         layer.denominator.copy_(state.take(f"{n}_convolution.denominator", 1)[0])
         *hidden, last = layer.weight_network.weights
         for i, weight in enumerate(hidden):
             weight.copy_(state.take(f"{n}_convolution.weight_nn.layer{i}.weight", *weight.shape))
-        columns, signs = _columns(layer, config, state.couplings(n), n)
-        stored = state.take(f"{n}_convolution.weight_nn.layer{len(hidden)}.weight", last.shape[0], int(columns.max()) + 1)
+        columns, signs = _columns(layer, config, paths, state.couplings(n), n)
+        total = sum(irreps_in[i].mul for i, _, _ in paths)
+        stored = state.take(f"{n}_convolution.weight_nn.layer{len(hidden)}.weight", last.shape[0], total)
         last.copy_(stored[:, columns] * signs)
 
 
-def _load_linear(weights: Any, state: _State, key: str, modalities: int = 0, *, has_modality: bool = False) -> None:
-    """Flat weights lie input block by input block; those of the modality come last, as it is a block of its own."""
-    fans = {name: weight.shape[0] - (modalities if name == "0e" else 0) for name, weight in weights.items()}
-    sizes = [fans[name] * weight.shape[1] for name, weight in weights.items()]
-    outputs = weights["0e"].shape[1]
-    extra = modalities * outputs if has_modality else 0
-    flat = state.take(key, sum(sizes) + extra)
-    # Blocks of one irrep count as one here and lie together in the files, whose blocks are sorted by irrep.
-    order = sorted(weights, key=Irrep)
-    pieces = dict(zip(order, flat[: sum(sizes)].split([fans[name] * weights[name].shape[1] for name in order]), strict=True))
+def _load_linear(
+    weights: Any,
+    irreps_in: Irreps,
+    irreps_out: Irreps,
+    state: _State,
+    key: str,
+    modalities: int = 0,
+    *,
+    has_modality: bool = False,
+    elements: int | None = None,
+) -> None:
+    """Flat weights lie input block by input block, and in these output block by output block; a matrix [in, (element,) out] each.
+
+    The modality is an input block of its own, the last one. Here, blocks of one irrep are one.
+    """
+    blocks = [*irreps_in, *([(modalities, Irrep("0e"))] if has_modality else [])]
+    pairs = [(i, k) for i, (_, ir) in enumerate(blocks) for k, (_, other) in enumerate(irreps_out) if ir == other]
+    middle = () if elements is None else (elements,)
+    sizes = [blocks[i][0] * (elements or 1) * irreps_out[k].mul for i, k in pairs]
+    pieces = dict(zip(pairs, state.take(key, sum(sizes)).split(sizes), strict=True))
     for name, weight in weights.items():
-        weight[: fans[name]] = pieces[name].reshape(fans[name], -1)
-    if modalities and has_modality:
-        weights["0e"][fans["0e"] :] = flat[sum(sizes) :].reshape(modalities, outputs)
-    elif modalities:
-        _without_modality(weights["0e"], fans["0e"])
+        ir = Irrep(name)
+        rows = []
+        for i, (mul, other) in enumerate(blocks):
+            if other == ir:
+                columns = [pieces[i, k].reshape(mul, *middle, out) for k, (out, target) in enumerate(irreps_out) if target == ir]
+                rows.append(torch.cat(columns, dim=-1))
+        found = torch.cat(rows, dim=0)
+        found = found if elements is None else found.transpose(0, 1)  # element first
+        weight[..., : found.shape[-2], :] = found
+    if modalities and not has_modality:
+        _without_modality(weights["0e"], irreps_in.count("0e"))
 
 
 def _without_modality(weight: Tensor, fan: int) -> None:
@@ -276,18 +318,33 @@ def _without_modality(weight: Tensor, fan: int) -> None:
     weight[fan:] = 0
 
 
-def _columns(layer: Interaction, config: _Config, couplings: Mapping[tuple[int, int, int], Tensor], n: int) -> tuple[Tensor, Tensor]:
+def _paths(layer: Interaction, config: _Config, *, last: bool) -> list[tuple[int, int, Irrep]]:
+    """(input block, harmonics block, output) of the file's tensor product: also those whose output no later part takes."""
+    lmax = layer.gate.irreps_in.lmax
+    return [
+        (i, j, ir)
+        for i, (_, ir_in) in enumerate(layer.spec.blocks_in)
+        for j, (_, ir_sh) in enumerate(config.irreps_sh)
+        for ir in sorted(ir_in * ir_sh)
+        if ir.l <= lmax and (ir.p == 1 or not last)
+    ]
+
+
+def _columns(
+    layer: Interaction,
+    config: _Config,
+    paths: list[tuple[int, int, Irrep]],
+    couplings: Mapping[tuple[int, int, int], Tensor],
+    n: int,
+) -> tuple[Tensor, Tensor]:
     """For each radial weight of a layer here, its column in the file and the sign that it takes."""
     blocks, irreps_sh = layer.spec.blocks_in, config.irreps_sh
-    found = [
-        (i, j, ir) for i, (_, ir_in) in enumerate(blocks) for j, (_, ir_sh) in enumerate(irreps_sh) for ir in _products(ir_in, ir_sh, layer)
-    ]
-    order = sorted(range(len(found)), key=lambda k: found[k][2]) if config.sorted_columns else list(range(len(found)))
+    order = sorted(paths, key=lambda path: path[2]) if config.sorted_columns else paths
     start: dict[tuple[int, int, Irrep], int] = {}
     count = 0
-    for k in order:
-        start[found[k]] = count
-        count += blocks[found[k][0]].mul
+    for path in order:
+        start[path] = count
+        count += blocks[path[0]].mul
     columns, signs = [], []
     for i, j, k in layer.spec.paths:
         ir = layer.spec.blocks_out[k].ir
@@ -295,11 +352,6 @@ def _columns(layer: Interaction, config: _Config, couplings: Mapping[tuple[int, 
         columns.append(torch.arange(begin, begin + blocks[i].mul))
         signs.append(torch.full((blocks[i].mul,), _sign((blocks[i].ir.l, irreps_sh[j].ir.l, ir.l), couplings, n)))
     return torch.cat(columns), torch.cat(signs)
-
-
-def _products(ir_in: Irrep, ir_sh: Irrep, layer: Interaction) -> list[Irrep]:
-    allowed = {ir for _, ir in layer.gate.irreps_in}
-    return [ir for ir in sorted(ir_in * ir_sh) if ir in allowed]
 
 
 def _sign(path: tuple[int, int, int], couplings: Mapping[tuple[int, int, int], Tensor], n: int) -> float:

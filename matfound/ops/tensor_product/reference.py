@@ -43,13 +43,8 @@ class _Join(torch.autograd.Function):
         return grad.split(ctx.widths, dim=1)
 
 
-def per_edge(
-    spec: TensorProductSpec,
-    x: Float[Tensor, "edges dim_in"],
-    y: Float[Tensor, "edges dim_sh"],
-    weights: Float[Tensor, "edges weight_numel"],
-) -> Float[Tensor, "edges dim_out"]:
-    """See `TensorProductSpec`. One matrix product an input block: harmonics → couplings, then couplings · features."""
+def _blocks(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: Tensor) -> list[Tensor | None]:
+    """Each output block on each edge; None where no path leads. One matrix product an input block: harmonics → couplings · features."""
     edges = x.shape[0]
     # Split, not slices: the backward pass of a slice fills a tensor of the whole width with zeros.
     path_weights = weights.split([spec.blocks_in[i].mul for i, _, _ in spec.paths], dim=1)
@@ -61,12 +56,31 @@ def per_edge(
         sizes = [spec.blocks_out[k].ir.dim for k, _ in paths]
         maps = (y @ _couplings(spec, block, x.dtype, x.device)).view(edges, sum(sizes), ir.dim)
         features = columns.unflatten(1, (ir.dim, mul))
-        products = torch.bmm(maps, features) if ir.dim > 1 else maps * features
-        for (k, w), product in zip(paths, products.split(sizes, dim=1), strict=True):
-            message = (product * w.unsqueeze(1)).flatten(1)
-            outputs[k] = outputs[k] + message if k in outputs else message
-    blocks = [outputs[k] if k in outputs else x.new_zeros(edges, block.dim) for k, block in enumerate(spec.blocks_out)]
-    return _Join.apply(*blocks) if blocks else x.new_empty(edges, 0)
+        if ir.dim == 1:  # scalars: weighted before they are spread over the components of the output
+            messages = [a * (features * w.unsqueeze(1)) for (_, w), a in zip(paths, maps.split(sizes, dim=1), strict=True)]
+        else:
+            products = torch.bmm(maps, features).split(sizes, dim=1)
+            messages = [product * w.unsqueeze(1) for (_, w), product in zip(paths, products, strict=True)]
+        for (k, _), message in zip(paths, messages, strict=True):
+            flat = message.flatten(1)
+            outputs[k] = outputs[k] + flat if k in outputs else flat
+    return [outputs.get(k) for k in range(len(spec.blocks_out))]
+
+
+def _join(spec: TensorProductSpec, found: list[Tensor | None], x: Tensor) -> Tensor:
+    """Blocks side by side, for each row of x."""
+    blocks = [x.new_zeros(x.shape[0], block.dim) if y is None else y for block, y in zip(spec.blocks_out, found, strict=True)]
+    return _Join.apply(*blocks) if blocks else x.new_empty(x.shape[0], 0)
+
+
+def per_edge(
+    spec: TensorProductSpec,
+    x: Float[Tensor, "edges dim_in"],
+    y: Float[Tensor, "edges dim_sh"],
+    weights: Float[Tensor, "edges weight_numel"],
+) -> Float[Tensor, "edges dim_out"]:
+    """See `TensorProductSpec`."""
+    return _join(spec, _blocks(spec, x, y, weights), x)
 
 
 def gather_sum(
@@ -78,5 +92,7 @@ def gather_sum(
     target: Int[Tensor, " edges"],
 ) -> Float[Tensor, "atoms dim_out"]:
     """The product of every edge with its source's features, summed over the edges of each target."""
-    messages = per_edge(spec, x[source], y, weights)
-    return x.new_zeros(x.shape[0], messages.shape[1]).index_add(0, target, messages)
+    messages = _blocks(spec, x[source], y, weights)
+    # Block by block, so that nothing of the size of all edges is copied to be joined.
+    sums = [m if m is None else x.new_zeros(x.shape[0], m.shape[1]).index_add(0, target, m) for m in messages]
+    return _join(spec, sums, x)
