@@ -66,12 +66,16 @@ def check_model(potential: Potential, structures: Sequence[ase.Atoms] | None = N
     finite differences where it is conservative; a supercell's energy; continuity at the cutoff; structures with no edge and no atom.
 
     Args:
-        potential: is cast to float64 and put in eval mode for the checks, and put back afterwards.
+        potential: is cast to float64 and put in eval mode for the checks, and put back afterwards. Element references that nothing has
+            set yet are 0 meanwhile, so that an untrained model can be checked.
         structures: to try; default: `default_structures`.
     """
     dtype, training = potential.dtype, potential.training
     potential.double().eval()
+    unfit = _without_references(potential)
     try:
+        for table in unfit:
+            table[:, sorted(potential.backbone.elements)] = 0.0
         for atoms in structures if structures is not None else default_structures(potential):
             check_outputs(potential, atoms)
             check_symmetry(potential, atoms)
@@ -85,7 +89,15 @@ def check_model(potential: Potential, structures: Sequence[ase.Atoms] | None = N
             check_continuity(potential)
         check_sparse(potential)
     finally:
+        for table in unfit:
+            table.fill_(torch.nan)
         potential.to(dtype).train(training)
+
+
+def _without_references(potential: Potential) -> list[Tensor]:
+    """Element references that nothing has set yet, of a model that has not been trained."""
+    found = [getattr(getattr(head, "table", None), "reference", None) for head in potential.heads.values()]
+    return [table for table in found if table is not None and table.isnan().all()]
 
 
 def evaluate(potential: Potential, structures: ase.Atoms | Sequence[ase.Atoms]) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ QUIET = (
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*No device id is provided via `init_process_group`.*",
     r".*No `val_dataloader`.*",
+    r".*Be aware that when using `ckpt_path`, callbacks used to create the checkpoint.*",
     r".*Total length of `list` across ranks is zero.*",
     r".*WeightAveraging callback, but loading a checkpoint outside the 'fit' stage.*",
 )

@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -41,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        # ASE's slices may begin with a minus: `--index -6:` is a value, not an option.
+        self._negative_number_matcher = re.compile(r"-\d+$|-\d*\.\d+$|-\d*:[-:\d]*$")
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
@@ -118,7 +121,23 @@ def _main(args: list[str]) -> int:
     if parsed.verb is None:
         build_parser().print_help()
         return 2
+    _import(getattr(parsed, "imports", []))
     return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import what the user named, from this folder too, as `python -m` would.
+
+    Raises:
+        InputError: a module cannot be imported.
+    """
+    for name in modules:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(f"--import {name}: {error}", remedy="check its name, and the folder that you are in") from None
 
 
 def _fail(message: str) -> int:

@@ -80,9 +80,9 @@ def _row(full: str) -> dict[str, Any]:
     from matfound import catalog
 
     card = catalog.model(full)
-    family, _, name = full.rpartition("/")
+    name = full.rpartition("/")[2]
     scores = card.scores.get(BENCHMARK, {})
-    row: dict[str, Any] = {"name": name, "family": family, "parameters": card.parameters, "licence": card.licence}
+    row: dict[str, Any] = {"name": name, "parameters": card.parameters, "licence": card.licence}
     row |= {"trained on": "; ".join(card.trained_on)} | {score: _number(scores.get(score)) for score in SCORES}
     return row | {"weights": "not published" if card.published is None else _state(name, card.published)}
 

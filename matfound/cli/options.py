@@ -43,6 +43,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="level of theory, where the model has several (default: each frame's info 'head', else the model's default)",
     )
+    group.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="MODULE",
+        help="import this first: a checkpoint with classes of your own needs their module",
+    )  # fmt: skip
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     group.add_argument("--dtype", choices=("float32", "float64"), help="default: the type of the weights")
 

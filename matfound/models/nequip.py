@@ -151,8 +151,8 @@ class NequIP(Backbone):
         self.symmetry = symmetry
         parity = -1 if symmetry == "E3" else 1
         irreps_sh = str(Irreps([(1, (l, parity**l)) for l in range(lmax + 1)]))
-        scalars, *outputs = _layer_irreps(irreps, irreps_sh, num_layers)
-        if symmetry == "SE3" and any(ir.p == -1 for text in outputs for _, ir in Irreps(text)):
+        scalars, *outputs = layer_irreps(irreps, irreps_sh, num_layers)
+        if symmetry == "SE3" and any(ir.p == -1 for text in ([irreps] if isinstance(irreps, str) else irreps) for _, ir in Irreps(text)):
             raise InputError(f"symmetry 'SE3' ignores parity: write all irreps as even, received '{irreps}'")
         self.modalities = list(modalities or [])
         self.num_modalities = max(self.modalities, default=-1) + 1
@@ -245,7 +245,7 @@ def _element_rows(elements: Sequence[int]) -> Int[Tensor, "119"]:
     return rows
 
 
-def _layer_irreps(irreps: str | Sequence[str], irreps_sh: str, num_layers: int) -> list[str]:
+def layer_irreps(irreps: str | Sequence[str], irreps_sh: str, num_layers: int) -> list[str]:
     """What the embedding gives, and what comes out of each layer.
 
     Raises:

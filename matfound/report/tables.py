@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NOTHING = "–"
+#: Names in the first column of a terminal's table are not broken up to this length.
+WIDEST_NAME = 32
 _NUMBER = re.compile(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]\d+)?%?")
 
 
@@ -113,7 +115,9 @@ def terminal(rows: Sequence[Mapping[str, Any]], title: str = "", digits: int = 4
         cells = pad_decimals(column.cells) if column.numeric else column.cells
         width = max(len(cell) for cell in [column.name, *cells]) if column.numeric else 0
         padded.append([cell.rjust(width) for cell in cells])
-        table.add_column(escape(column.name.rjust(width)), no_wrap=column.numeric)
+        # The first column says what a row is about: it is never cut, and other words are broken instead.
+        first = not padded[1:] and max(len(cell) for cell in [column.name, *cells]) <= WIDEST_NAME
+        table.add_column(escape(column.name.rjust(width)), no_wrap=column.numeric or first, overflow="ignore" if first else "fold")
     for i in range(len(rows)):
         table.add_row(*(escape(cells[i]) for cells in padded))
     return table

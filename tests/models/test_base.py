@@ -30,7 +30,7 @@ def test_datasets_are_chosen_by_name_or_periodicity(small_potential: Callable[..
     assert potential.choose_dataset(None, periodic=True) == 1
     with pytest.raises(InputError, match="no default for molecular.*a, b"):
         potential.choose_dataset(None, periodic=False)
-    with pytest.raises(InputError, match="no dataset 'c'"):
+    with pytest.raises(InputError, match="no level of theory 'c'"):
         potential.choose_dataset("c", periodic=True)
     assert small_potential(("only",)).choose_dataset(None, periodic=False) == 0
 

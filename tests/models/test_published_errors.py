@@ -82,9 +82,9 @@ def test_changed_tensors(tmp_path, key, change, words):
     [
         ({"interaction_type": "mace"}, "interaction_type = 'mace'"),
         ({"act_gate": {"e": "tanh", "o": "tanh"}}, "act_gate"),
-        ({"self_connection_type": "nequip"}, "self_connection_type = 'nequip'"),
+        ({"self_connection_type": "none"}, "self_connection_type = 'none'"),
         ({"cutoff_function": {"cutoff_function_name": "cosine"}}, "'cosine' is not known"),
-        ({"irreps_manual": None}, "irreps_manual"),
+        ({"irreps_manual": None}, "the training options lack 'channel'"),
         ({"cutoff": "five"}, "cannot be read"),
         ({"_type_map": {1: 0, 8: 2}}, "_type_map"),
     ],

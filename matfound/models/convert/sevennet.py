@@ -17,7 +17,7 @@ from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.models.base import Potential
-from matfound.models.nequip import Interaction, NequIP
+from matfound.models.nequip import Interaction, NequIP, layer_irreps
 from matfound.nn.heads import EnergyHead
 
 #: Key names until May 2024, after blanks have become underscores.
@@ -180,6 +180,12 @@ class _Config:
                 raise
             raise InputError(f"the training options cannot be read: {error}", remedy="get the file again") from None
 
+    def _hidden(self) -> str | list[str]:
+        """What comes out of the layers, in one text where that says it all."""
+        outputs = [str(irreps) for irreps in self.irreps[1:]]
+        largest = max(outputs, key=lambda text: Irreps(text).dim)
+        return largest if layer_irreps(largest, str(self.irreps_sh), self.layers)[1:] == outputs else outputs
+
     def backbone(self, state: _State) -> NequIP:
         """The network, with weights of its own."""
         envelope = dict(self.raw["cutoff_function"])
@@ -192,7 +198,7 @@ class _Config:
         backbone = NequIP(
             cutoff=self.cutoff,
             num_layers=self.layers,
-            irreps=[str(irreps) for irreps in self.irreps[1:]],
+            irreps=self._hidden(),
             lmax=self.irreps_sh.lmax,
             symmetry="E3" if self.raw["is_parity"] else "SE3",
             num_basis=state.peek("edge_embedding.basis_function.coeffs").numel(),
