@@ -128,7 +128,7 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     """
     from matfound import catalog
     from matfound.cli.lightning import SECTIONS as KNOWN
-    from matfound.cli.recipe import check_recipe, read_recipe
+    from matfound.cli.recipe import check_recipe, merge, read_recipe
 
     base = read_recipe(catalog.resolve(RECIPE))
     found = base
@@ -159,18 +159,6 @@ def _at(content: dict[str, Any], key: str) -> Any:
     return content
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings joined at every level, the later one's values winning; arguments of another class are not kept."""
-    if "class_path" in above and above["class_path"] != below.get("class_path", above["class_path"]):
-        return above
-    both = {
-        key: merge(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return below | above | both
-
-
 def _parent(model: "Potential", named: str | None, periodic: set[bool]) -> str:
     """The head to start from: the one named, the only one, or the model's default for structures like these."""
     if named is not None:
@@ -196,6 +184,8 @@ def _fill(recipe: dict[str, Any], args: argparse.Namespace, data: "Data", model:
     Raises:
         InputError: a device that is not there, or labels that nothing can be learnt from.
     """
+    from matfound.cli.recipe import merge
+
     start = recipe["model"]["potential"].setdefault("init_args", {})
     start |= {"model": str(args.model), "dataset": data.name, "parent": parent}
     start |= {key: value for key, value in (("freeze", args.freeze), ("dtype", args.dtype)) if value is not None}

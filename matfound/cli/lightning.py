@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from matfound import catalog
-from matfound.cli.recipe import OWN_OPTIONS, check_option, check_recipe, read_recipe
+from matfound.cli.recipe import OWN_OPTIONS, check_option, check_recipe, merge, read_recipe
 from matfound.data.datamodule import AtomicDataModule
 from matfound.errors import InputError, nearest
 from matfound.report.files import write_text
@@ -340,16 +340,6 @@ def _check(recipes: list[Path], options: list[tuple[str, str | None]]) -> None:
     merged: dict[str, Any] = {}
     for path, content in zip(recipes, contents, strict=True):
         check_recipe(content, SECTIONS, path, complete=complete)
-        merged = _merge(merged, content)
+        merged = merge(merged, content)
     for name, value in options:
         check_option(name, value, merged, SECTIONS)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings joined at every level; everything else of the later recipe replaces the earlier one's."""
-    both = {
-        key: _merge(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return below | above | both

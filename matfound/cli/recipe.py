@@ -80,6 +80,18 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return content
 
 
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings joined at every level, the later one's values winning; arguments of another class are not kept."""
+    if "class_path" in above and above["class_path"] != below.get("class_path", above["class_path"]):
+        return above
+    both = {
+        key: merge(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return below | above | both
+
+
 def check_recipe(content: Mapping[str, Any], sections: Mapping[str, Any], file: object, *, complete: bool = False) -> None:
     """Refuse keys that nothing takes, values of the wrong type, and classes that are not there.
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from matfound.cli.finetune import merge
 from matfound.cli.main import main
+from matfound.cli.recipe import merge
 from matfound.inference.predict import predict
 from matfound.models import checkpoint
 from matfound.models.base import Potential
