@@ -72,7 +72,9 @@ def _ls(_: argparse.Namespace) -> int:
 
     rows = [_row(full) for full in catalog.names("models")]
     console().print(terminal(rows, f"{len(rows)} published potentials"))
-    print(f"{' and '.join(SCORES)}: {BENCHMARK} (higher and lower is better). The card of one: matfound models show NAME")
+    print(
+        f"{' and '.join(SCORES)}: {BENCHMARK} (higher and lower is better). The card of one: matfound models show NAME; its weights: matfound models fetch NAME"
+    )
     return 0
 
 
@@ -83,7 +85,7 @@ def _row(full: str) -> dict[str, Any]:
     name = full.rpartition("/")[2]
     scores = card.scores.get(BENCHMARK, {})
     row: dict[str, Any] = {"name": name, "parameters": card.parameters, "licence": card.licence}
-    row |= {"trained on": "; ".join(card.trained_on)} | {score: _number(scores.get(score)) for score in SCORES}
+    row |= {"heads": ", ".join(card.levels_of_theory)} | {score: _number(scores.get(score)) for score in SCORES}
     return row | {"weights": "not published" if card.published is None else _state(name, card.published)}
 
 
@@ -96,11 +98,11 @@ def _state(name: str, weights: "WeightsCard") -> str:
     from matfound.models import checkpoint, published
 
     if (published.cached(name, weights.sha256) / checkpoint.CONFIG).is_file():
-        return "here, converted"
+        return "converted"
     if published.installed(weights) is not None:
         version = published.installed_version(weights)
-        return f"here, in {weights.package} {version}" if version else f"here, in {weights.package}"
-    return f"not here: matfound models fetch {name} ({_megabytes(weights.download_bytes)})"
+        return f"in {weights.package} {version}" if version else f"in {weights.package}"
+    return f"not here ({_megabytes(weights.download_bytes)})"
 
 
 def _megabytes(size: int) -> str:

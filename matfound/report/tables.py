@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NOTHING = "–"
-#: Names in the first column of a terminal's table are not broken up to this length.
-WIDEST_NAME = 32
+#: Up to this length, words are not broken in a terminal's table.
+WIDEST_WORD = 32
 _NUMBER = re.compile(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]\d+)?%?")
 
 
@@ -108,16 +108,18 @@ def terminal(rows: Sequence[Mapping[str, Any]], title: str = "", digits: int = 4
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table.collapse_padding = True
     padded = []
     for column in columns(rows, digits):
         # rich strips the blanks that align the decimal points, so numbers are set flush right here.
         cells = pad_decimals(column.cells) if column.numeric else column.cells
         width = max(len(cell) for cell in [column.name, *cells]) if column.numeric else 0
         padded.append([cell.rjust(width) for cell in cells])
-        # The first column says what a row is about: it is never cut, and other words are broken instead.
-        first = not padded[1:] and max(len(cell) for cell in [column.name, *cells]) <= WIDEST_NAME
-        table.add_column(escape(column.name.rjust(width)), no_wrap=column.numeric or first, overflow="ignore" if first else "fold")
+        # Words are not broken: a name that is cut in two cannot be copied.
+        words = [word for cell in [column.name, *cells] for word in cell.split()]
+        longest = 0 if column.numeric else min(WIDEST_WORD, max(map(len, words), default=0))
+        table.add_column(escape(column.name.rjust(width)), no_wrap=column.numeric, min_width=longest, overflow="fold")
     for i in range(len(rows)):
         table.add_row(*(escape(cells[i]) for cells in padded))
     return table

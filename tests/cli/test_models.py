@@ -74,7 +74,7 @@ def test_ls_says_what_to_do(nothing_installed, capsys):
     out = capsys.readouterr().out
     for name in published.names():
         (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]
-        assert f"not here: matfound models fetch {name} (43 MB)" in line
+        assert name in line and "not here (43 MB)" in line
         assert "MIT" in line
         assert f"{catalog.model(name).parameters:,}" in line
     assert "0.724" in out
@@ -83,11 +83,11 @@ def test_ls_says_what_to_do(nothing_installed, capsys):
 
 def test_ls_tells_installed_from_converted(installed, capsys):
     main(["models", "ls"])
-    assert capsys.readouterr().out.count("here, in sevenn 0.13.0") == 2  # the small package has no l3i5
+    assert capsys.readouterr().out.count("in sevenn 0.13.0") == 2  # the small package has no l3i5
     potential = published.load("sevennet-0")  # not the published file, so not cached as one
     assert len(potential.backbone.elements) == 2
     main(["models", "ls"])
-    assert "here, converted" not in capsys.readouterr().out
+    assert " converted" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", published.names())
@@ -156,7 +156,7 @@ def test_fetch_downloads_with_pip(nothing_installed, as_published, pip, capsys):
     assert "is converted already" in capsys.readouterr().out
     assert len(pip.calls) == 1
     main(["models", "ls"])
-    assert "here, converted" not in capsys.readouterr().out  # of the real file there is no copy
+    assert " converted" not in capsys.readouterr().out  # of the real file there is no copy
 
 
 def test_fetch_takes_the_installed_file(installed, as_published, pip, capsys):
@@ -362,4 +362,4 @@ def test_the_real_thing(capsys):
     found = message(capsys)
     assert "in.extxyz: frame 1: the model has not seen the element At" in found
     main(["models", "ls"])
-    assert "here, converted" in capsys.readouterr().out
+    assert " converted" in capsys.readouterr().out

@@ -57,3 +57,16 @@ def test_terminal():
     assert any(line.split() == ["[bold]x", "0.5000"] for line in lines)
     points = [line.index(".") for line in lines if "." in line]
     assert len(set(points)) == 1, "the decimal points are not in one column"
+
+
+def test_words_are_not_broken() -> None:
+    """In 80 columns a wide table wraps between words, and what no word allows sticks out."""
+    rows = [
+        {"data": "crystals and slabs", "field": "dipole_magnitude", "MAE": 0.1, "baseline MAE": 0.2, "times better": 2.0, "unit": "eV/atom"}
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal(rows))
+    text = console.file.getvalue()
+    for word in ("crystals", "slabs", "dipole_magnitude", "baseline MAE", "eV/atom"):
+        assert word in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
