@@ -72,9 +72,8 @@ def _ls(_: argparse.Namespace) -> int:
 
     rows = [_row(full) for full in catalog.names("models")]
     console().print(terminal(rows, f"{len(rows)} published potentials"))
-    print(
-        f"{' and '.join(SCORES)}: {BENCHMARK} (higher and lower is better). The card of one: matfound models show NAME; its weights: matfound models fetch NAME"
-    )
+    print(f"{' and '.join(SCORES)}: {BENCHMARK} (higher and lower is better).")
+    print("The card of one: matfound models show NAME; its weights: matfound models fetch NAME")
     return 0
 
 
