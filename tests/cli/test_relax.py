@@ -28,19 +28,6 @@ module = import_module("matfound.cli.relax")
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def copper():
-    atoms = bulk("Cu", "fcc", a=3.1, cubic=True)
-    atoms.rattle(0.05, seed=0)
-    return atoms
-
-
-@pytest.fixture
 def relax(model):
     """Run the command with the model."""
     return lambda *args: main(["relax", *map(str, args), "--model", str(model)])

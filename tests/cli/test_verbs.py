@@ -8,25 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ase.build import bulk
 from ase.io import read, write
 
 from matfound.cli.main import main
 from matfound.cli.options import label_keys
 from matfound.errors import InputError
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def copper():
-    atoms = bulk("Cu", "fcc", a=3.1, cubic=True)
-    atoms.rattle(0.05, seed=0)
-    return atoms
 
 
 def leftovers(folder):
