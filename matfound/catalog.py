@@ -27,6 +27,7 @@ class LabelCard(_Card):
 
     unit: str = Field(description="unit in the file; readers convert to matfound's")
     key: str = Field("", description="name in the file where it is not ASE's own")
+    columns: dict[str, str] = Field(default_factory=dict, description="of a group: each column with its unit, in the file's order")
     note: str = ""
 
 
@@ -51,9 +52,35 @@ class DataFile(_Card):
     @field_validator("fields")
     @classmethod
     def _known_fields(cls, value: dict[str, LabelCard]) -> dict[str, LabelCard]:
-        for name, label in value.items():
+        return _check_units(value)
+
+
+def _check_units(labels: dict[str, LabelCard]) -> dict[str, LabelCard]:
+    for name, label in labels.items():
+        if not label.columns:  # a group keeps the units of its source
             units.factor(label.unit, fields.find(name).unit)
-        return value
+    return labels
+
+
+class DownloadPart(_Card):
+    """One file to fetch."""
+
+    url: str = Field(pattern=r"^(https?|ftp)://")
+    bytes: int | None = Field(None, gt=0, description="as published; none where upstream does not say")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    md5: str = Field("", pattern=r"^([0-9a-f]{32})?$")
+
+
+class DownloadCard(_Card):
+    """What `matfound data fetch NAME --split S` gets: the files of one split, and what reads them."""
+
+    parts: list[DownloadPart] = Field(min_length=1)
+    unpack: Literal["", "tar", "zip", "gz"] = Field("", description="what to do with each file (tar: compressed or not)")
+    reader: str = Field(description="kind of `matfound.data.open.READERS`")
+    frames: int | None = Field(None, gt=0)
+    bytes: int | None = Field(None, gt=0, description="of all parts, about, where theirs are not published")
+    level_of_theory: str = ""
+    note: str = ""
 
 
 class SplitCard(_Card):
@@ -76,14 +103,29 @@ class DatasetCard(_Card):
     origin: str = Field(description="who made it, from what, with which reference to cite")
     version: str
     levels_of_theory: dict[str, str] = Field(min_length=1)
-    datasets: dict[str, list[str]] = Field(min_length=1)
-    files: list[DataFile] = Field(min_length=1)
+    datasets: dict[str, list[str]] = Field(default_factory=dict)
+    files: list[DataFile] = Field(default_factory=list, description="files that come with matfound")
+    downloads: dict[str, DownloadCard] = Field(default_factory=dict, description="splits that upstream serves")
+    fields: dict[str, LabelCard] = Field(default_factory=dict, description="labels of the downloads, with the files' units")
     splits: SplitCard | None = None
     leakage: str = Field(description="what the splits do not separate, and which benchmarks this data must not be compared on")
     known_weaknesses: list[str] = Field(min_length=1)
 
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, value: dict[str, LabelCard]) -> dict[str, LabelCard]:
+        return _check_units(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> "DatasetCard":
+        if not self.files and not self.downloads:
+            raise ValueError("a dataset has files or downloads, or it is not one")
+        for split, download in self.downloads.items():
+            if download.level_of_theory and download.level_of_theory not in self.levels_of_theory:
+                raise ValueError(
+                    f"download '{split}' has the level_of_theory '{download.level_of_theory}', which is not described; "
+                    + nearest(download.level_of_theory, self.levels_of_theory)
+                )
         paths = {file.path: file for file in self.files}
         if len(paths) != len(self.files):
             raise ValueError("two files have the same path")
@@ -256,7 +298,7 @@ C = TypeVar("C", bound=_Card)
 @functools.cache
 def _keys(card: type[BaseModel]) -> set[str]:
     known: set[str] = set(card.model_fields)
-    for nested in (LabelCard, DataFile, SplitCard) if card is DatasetCard else (WeightsCard,):
+    for nested in (LabelCard, DataFile, SplitCard, DownloadPart, DownloadCard) if card is DatasetCard else (WeightsCard,):
         known |= set(nested.model_fields)
     return known
 

@@ -5,7 +5,8 @@ Collate, index increments, concatenation, validation, rotation in tests, ASE key
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from matfound.errors import InputError, nearest
 
@@ -33,6 +34,9 @@ class Field:
         cat_dim: the axis that grows when samples are joined.
         ase_key: name in `atoms.info` / `atoms.arrays` / `atoms.calc.results`; "" where ASE has its own place for it.
         description: one line for the documentation.
+        columns: names of the entries of a group: many labels of one kind in one tensor, e.g. 1,328 assays. A group's entries may be
+            missing one by one, and it keeps the units of its source.
+        column_units: their units, one each, where they are known.
     """
 
     name: str
@@ -47,6 +51,19 @@ class Field:
     cat_dim: int = 0
     ase_key: str = ""
     description: str = ""
+    columns: tuple[str, ...] = ()
+    column_units: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.columns and self.shape != (len(self.columns),):
+            raise InputError(f"field '{self.name}' has {len(self.columns)} columns, but rows of shape {self.shape}")
+        if self.column_units and len(self.column_units) != len(self.columns):
+            raise InputError(f"field '{self.name}' has {len(self.columns)} columns, but {len(self.column_units)} units")
+
+    @property
+    def group(self) -> bool:
+        """Whether each entry of a row is a label of its own, present or missing by itself."""
+        return self.label and len(self.shape) == 1 and not self.irreps
 
     @property
     def missing(self) -> float | int | str:
@@ -93,6 +110,10 @@ FIELDS: dict[str, Field] = _table(
     Field("gap", "system", unit="eV", irreps="0e", label=True, ase_key="gap", description="HOMO-LUMO or band gap"),
     Field("charges", "atom", unit="e", irreps="0e", label=True, ase_key="charges", description="partial charges"),
     Field("magmoms", "atom", unit="μB", irreps="0e", label=True, ase_key="magmoms", description="atomic magnetic moments"),
+    Field("relaxed_energy", "system", unit="eV", irreps="0e", label=True, ase_key="relaxed_energy",
+          description="energy of the structure that this one relaxes to"),
+    Field("relaxed_pos", "atom", shape=(3,), unit="Å", irreps="1o", label=True, ase_key="relaxed_pos",
+          description="positions that this structure relaxes to"),
     Field("formation_energy", "system", unit="eV/atom", irreps="0e", label=True, ase_key="formation_energy_per_atom",
           description="formation energy per atom"),
     Field("hull_distance", "system", unit="eV/atom", irreps="0e", label=True, ase_key="e_above_hull",
@@ -125,10 +146,76 @@ def find(name: str) -> Field:
 def declare(field: Field) -> Field:
     """Add a field of your own, e.g. a label that is not in the table. Declaring the same field twice is fine.
 
+    Two declarations of a group that differ only in what one of them leaves open (names of columns, units, description) are joined: a
+    model knows how many columns it predicts, a data set what they are called.
+
     Raises:
         InputError: the name is taken by a different field.
     """
-    known = FIELDS.setdefault(field.name, field)
-    if known != field:
-        raise InputError(f"field '{field.name}' is already declared as {known}, received {field}", remedy="choose another name")
-    return field
+    known = FIELDS.get(field.name)
+    if known is None:
+        FIELDS[field.name] = field
+        return field
+    if known.columns and field.columns and known.columns != field.columns:
+        raise InputError(
+            f"the columns of '{field.name}' are {_few(field.columns)}, but it was declared with {_few(known.columns)}",
+            remedy="give one of the two groups another name",
+        )
+    joined = dataclasses.replace(
+        known,
+        columns=known.columns or field.columns,
+        column_units=known.column_units or field.column_units,
+        description=known.description or field.description,
+        ase_key=known.ase_key or field.ase_key,
+    )
+    differing = [
+        f"{option.name} {getattr(field, option.name)!r} instead of {getattr(known, option.name)!r}"
+        for option in dataclasses.fields(Field)
+        if option.name not in _OPEN and getattr(field, option.name) != getattr(known, option.name)
+    ]
+    if differing:
+        raise InputError(f"field '{field.name}' is already declared differently: " + ", ".join(differing), remedy="choose another name")
+    FIELDS[field.name] = joined
+    return joined
+
+
+def from_dict(values: Mapping[str, Any]) -> Field:
+    """The field of `dataclasses.asdict`, also after a journey through JSON."""
+    return Field(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+#: What a second declaration may leave open or fill in.
+_OPEN = ("columns", "column_units", "description", "ase_key")
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
+
+
+def group(
+    name: str,
+    columns: int | Sequence[str],
+    *,
+    level: Level = "system",
+    dtype: DType = "float64",
+    units: Sequence[str] = (),
+    description: str = "",
+) -> Field:
+    """Declare a group of labels, e.g. `group("tox21", ["NR-AR", "NR-ER"], dtype="int64")`.
+
+    Args:
+        name: of the field.
+        columns: their names, or only how many there are.
+        level: what one row belongs to.
+        dtype: "int64" for classes (-1 is missing), "float64" for numbers (NaN is missing).
+        units: of each column, as the source has them; they are not converted.
+        description: one line for the documentation.
+
+    Raises:
+        InputError: the name is taken by a different field.
+    """
+    names = () if isinstance(columns, int) else tuple(columns)
+    width = columns if isinstance(columns, int) else len(names)
+    return declare(
+        Field(name, level, dtype, (width,), label=True, description=description, columns=names, column_units=tuple(units), ase_key=name)
+    )

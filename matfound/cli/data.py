@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from matfound.cli.options import add_reading, reading
 
 if TYPE_CHECKING:
-    from matfound.data.dataset import SourceDataset
+    from matfound.data.dataset import Dataset
     from matfound.data.info import Description
 
 _EXAMPLES = """\
@@ -72,10 +72,10 @@ def _print(descriptions: "list[Description]") -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def _datasets(paths: list[str], options: dict[str, Any]) -> "list[SourceDataset]":
+def _datasets(paths: list[str], options: dict[str, Any]) -> "list[Dataset]":
     """What was named: a dataset of the catalog is shown as its sets, each of one level of theory."""
     from matfound import catalog
-    from matfound.data.dataset import open_dataset
+    from matfound.data.open import open_dataset
 
     if len(paths) == 1 and not Path(paths[0]).exists() and paths[0] in catalog.names("datasets"):
         return [open_dataset(name, **options) for name in catalog.dataset(paths[0]).datasets]

@@ -212,7 +212,7 @@ def _fill(recipe: dict[str, Any], args: argparse.Namespace, data: "Data", model:
 
 def _old_domain(args: argparse.Namespace, model: "Potential", parent: str) -> "Dataset | None":
     """The structures of --old."""
-    from matfound.data.dataset import open_dataset
+    from matfound.data.open import open_dataset
     from matfound.training.comparison import check_old
 
     if not args.old:

@@ -68,7 +68,7 @@ class Data:
             say(f"no training frame has {', '.join(unused)}: their isolated-atom energies are not used")
 
     def _open(self, files: list[str], index: str | None = None) -> "Dataset":
-        from matfound.data.dataset import open_dataset
+        from matfound.data.open import open_dataset
 
         options: dict[str, Any] = {"allow_missing": True}  # isolated atoms need not have forces
         if self.keys:

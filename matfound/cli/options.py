@@ -68,7 +68,7 @@ def positive(text: str) -> int:
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of `matfound.data.dataset.open_dataset` from those of `add_reading`.
+    """Options of `matfound.data.open.open_dataset` from those of `add_reading`.
 
     Raises:
         InputError: a malformed or unknown field.

@@ -168,7 +168,7 @@ def _errors(args: argparse.Namespace) -> int:
 def _open_datasets(files: list[str], options: dict[str, Any]) -> "list[Dataset]":
     """Each file as a dataset of its own; a dataset of the catalog as its sets, each of one level of theory."""
     from matfound import catalog
-    from matfound.data.dataset import open_dataset
+    from matfound.data.open import open_dataset
 
     found: list[Dataset] = []
     for file in files:

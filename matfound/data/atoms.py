@@ -6,9 +6,9 @@ from pathlib import Path
 
 import ase
 
-from matfound.data.dataset import open_dataset
 from matfound.data.extxyz import read_frames
 from matfound.data.files import LAZY, as_slice, ase_frames, expand, kind_of
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 
 

@@ -2,26 +2,20 @@
 
 import copy
 import itertools
-import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ase
+import numpy as np
 from ase.symbols import Symbols
 
-from matfound import catalog
 from matfound.errors import InputError, nearest
 from matfound.fields import FIELDS
-from matfound.structures.atomic_data import AtomicData
-from matfound.structures.keys import KeyMap, LabelSource, key_map
-
-if TYPE_CHECKING:
-    from matfound.data.files import FileDataset
-    from matfound.data.oc20 import OC20Archives
-    from matfound.data.omat24 import AseLmdbDataset
+from matfound.structures.atomic_data import AtomicData, collate
+from matfound.structures.keys import ALIASES, KeyMap, LabelSource, key_map
 
 #: What `Dataset.keys` knows of every frame, beside what the files say.
 COMPUTED_KEYS = ("id", "file", "file_frame", "formula", "reduced_formula")
@@ -30,12 +24,20 @@ COMPUTED_KEYS = ("id", "file", "file_frame", "formula", "reduced_formula")
 class Frame(NamedTuple):
     """One structure as read, with what its file says beside it.
 
-    `info` holds what is known of the frame as a whole by name; `arrays` the shape of each further array by name.
+    `info` holds what is known of the frame as a whole by name; `arrays` what is known of each atom, with a row for each.
     """
 
     data: AtomicData
     info: dict[str, Any]
-    arrays: dict[str, tuple[int, ...]]
+    arrays: dict[str, np.ndarray]
+
+
+class Problem(NamedTuple):
+    """A row that cannot be used: its file, its number there (from 0), and why."""
+
+    file: str
+    row: int
+    reason: str
 
 
 class Dataset(ABC):
@@ -46,6 +48,10 @@ class Dataset(ABC):
     """
 
     name: str
+    #: What a user should know of the labels.
+    note: str = ""
+    #: How labels are named in the files, where a user said so.
+    key_map: KeyMap | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,6 +81,31 @@ class Dataset(ABC):
         """Atoms of frame `i`, to fill batches by."""
         return self.get(i).num_nodes
 
+    def frame(self, i: int) -> Frame:
+        """The structure with what its source says beside it; not to be changed. Errors as for `get`."""
+        return Frame(self.get(i), {}, {})
+
+    def check_labels(self) -> None:
+        """Refuse a label that only some frames of one file have, whatever was allowed when the files were opened.
+
+        Raises:
+            InputError: names the file and the first frame that lacks the label.
+        """
+        return
+
+    def sizes(self) -> np.ndarray:
+        """Atoms of every frame, (frames,) int64."""
+        return np.fromiter((self.natoms(i) for i in range(len(self))), np.int64, len(self))
+
+    def batch(self, indices: Sequence[int]) -> AtomicData:
+        """The structures of these indices, in this order, as one batch. Errors as for `get`."""
+        return collate([self.get(int(i)) for i in indices])
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Rows of the source that were left out because they cannot be used. Default: none."""
+        return ()
+
 
 class Source(ABC):
     """The frames of one file.
@@ -102,6 +133,18 @@ class Source(ABC):
     def loaded(self) -> list[Frame] | None:
         """All frames if they are in memory, so that looking at every one is free; None otherwise."""
         return None
+
+    def scan(self, start: int, stop: int) -> Iterator[tuple[int, Frame | InputError]]:
+        """The frames of a range in their order, each with its number there; for one that cannot be used, its error."""
+        for i in range(start, stop):
+            try:
+                yield i, self.frame(i)
+            except InputError as error:
+                yield i, error.at(self.file, self.index(i))
+
+    def release(self) -> None:
+        """Let go of what was read; it is read again when it is asked for. Default: nothing is kept."""
+        return
 
 
 class SlicedSource(Source):
@@ -139,12 +182,12 @@ def to_frame(atoms: ase.Atoms, keys: KeyMap | None, file: str, index: int, *, la
     if "id" not in data:
         data.id = f"{label or Path(file).name}:{index}"
     results = atoms.calc.results if atoms.calc is not None else {}
-    arrays = {name: value.shape for name, value in atoms.arrays.items() if name not in ("numbers", "positions")}
+    arrays = {name: value for name, value in atoms.arrays.items() if name not in ("numbers", "positions")}
     info = dict(atoms.info)
     for name, value in results.items():
         shape = getattr(value, "shape", ())
         if shape and shape[0] == len(atoms) and name not in ("dipole", "stress"):
-            arrays[name] = shape
+            arrays[name] = value
         elif value is not None:
             info.setdefault(name, value)
     return Frame(data, info, arrays)
@@ -162,9 +205,6 @@ class SourceDataset(Dataset):
     Raises:
         InputError: no frames at all; a label that only some frames of one file have; a mapped key that no file has.
     """
-
-    #: What a user should know of the labels.
-    note = ""
 
     def __init__(self, sources: Sequence[Source], name: str, keys: KeyMap | None, allow_missing: bool) -> None:
         self.name, self.allow_missing, self.key_map = name, allow_missing, keys
@@ -195,7 +235,6 @@ class SourceDataset(Dataset):
         return copy.copy(self.frame(i).data)
 
     def frame(self, i: int) -> Frame:
-        """The structure with what its file says beside it; not to be changed. Errors as for `get`."""
         number, local = self._locate(i)
         source = self.sources[number]
         frame = source.frame(local)
@@ -239,11 +278,6 @@ class SourceDataset(Dataset):
         return values
 
     def check_labels(self) -> None:
-        """Read every frame and refuse a label that only some frames of one file have, whatever `allow_missing` says.
-
-        Raises:
-            InputError: names the file and the first frame that lacks the label.
-        """
         for source in self.sources:
             _check_consistent(source, [source.frame(i).data for i in range(source.size)])
 
@@ -332,99 +366,13 @@ def as_key_map(keys: Mapping[str, Any] | None) -> KeyMap | None:
     return key_map(keys)
 
 
-def open_dataset(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    name: str = "",
-    **options: Any,
-) -> "FileDataset | OC20Archives | AseLmdbDataset":
-    """Open what a path is: a structure file, an OC20 archive folder, a folder or file of `.aselmdb`, or a set of the catalog.
-
-    Args:
-        paths: a file or folder, a name from the catalog ("minidft", "minidft-crystals"), or several files.
-        name: name of the dataset; the reader's own otherwise.
-        options: of the reader: `keys`, `allow_missing`, `index`; `total_energy` (OC20).
-
-    Raises:
-        InputError: nothing is there, or a folder holds nothing that is understood, or more than one kind of data.
-    """
-    from matfound.data.files import FileDataset
-
-    given = [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    if len(given) == 1:
-        if (members := _from_catalog(given[0])) is not None:
-            return FileDataset([os.fspath(path) for path in members], name=name or given[0], **options)
-        if not any(mark in given[0] for mark in "*?["):
-            given = [os.fspath(catalog.resolve(given[0]))]
-    kinds = {_kind(path) for path in given}
-    if len(kinds) > 1:
-        raise InputError(f"{', '.join(given)}: more than one kind of data", remedy="open each by itself")
-    kind = kinds.pop() if kinds else "files"
-    if name:
-        options["name"] = name
-    if kind == "oc20":
-        from matfound.data.oc20 import OC20Archives
-
-        return OC20Archives(given, **options)
-    if kind == "aselmdb":
-        from matfound.data.omat24 import AseLmdbDataset
-
-        return AseLmdbDataset(given, **options)
-    return FileDataset(given, **options)
-
-
-def _from_catalog(name: str) -> list[Path] | None:
-    """Files of a set or a dataset of the catalog; None where the name is a path."""
-    if "/" in name or Path(name).exists():
-        card = Path(name) / "manifest.yaml"
-        if not card.is_file():
-            return None
-        return [Path(name) / file.path for file in catalog.read(card, catalog.DatasetCard).files]
-    if name in catalog.names("datasets"):
-        card = catalog.find("datasets", name)
-        return [card.parent / file.path for file in catalog.read(card, catalog.DatasetCard).files]
-    return catalog.training_sets().get(name)
-
-
-def _kind(path: str) -> str:
-    """Which reader a path needs: "files", "oc20" or "aselmdb"."""
-    if not Path(path).is_dir():
-        name = Path(path).name
-        if name.endswith(".aselmdb"):
-            return "aselmdb"
-        return "oc20" if name.endswith((".txt", ".txt.xz")) else "files"
-    inside = sorted(entry.name for entry in Path(path).iterdir())
-    stems = {name.partition(".extxyz")[0] for name in inside if name.endswith((".extxyz", ".extxyz.xz"))}
-    kinds = set()
-    if any(name.endswith(".aselmdb") for name in inside):
-        kinds.add("aselmdb")
-    if any(f"{stem}.txt{suffix}" in inside for stem in stems for suffix in ("", ".xz")):
-        kinds.add("oc20")
-    if len(kinds) > 1:
-        raise InputError(
-            "the folder has OC20 archives (N.extxyz with N.txt) and .aselmdb files",
-            remedy="name the .aselmdb file, or the N.txt files, that you mean",
-            file=path,
-        )
-    if kinds:
-        return kinds.pop()
-    if "metadata.json" in inside:  # ASE's BundleTrajectory is a folder
-        return "files"
-    problem = "a folder, but neither one of OC20 archives (N.extxyz.xz with N.txt.xz) nor of .aselmdb files"
-    raise InputError(problem, remedy=_example(Path(path), inside), file=path)
-
-
-def _example(folder: Path, inside: list[str]) -> str:
-    for name in inside:
-        below = folder / name
-        if below.is_dir() and any(entry.name.endswith((".extxyz", ".extxyz.xz", ".aselmdb")) for entry in below.iterdir()):
-            return f"did you mean {below}?"
-    found = next((name for name in inside if _looks_like_structures(name)), None)
-    return f"name the files that you mean, e.g. {folder / found}" if found else "name a file of structures"
-
-
-def _looks_like_structures(name: str) -> bool:
-    endings = ("extxyz", "xyz", "traj", "db", "cif", "json", "xml", "vasp", "pdb", "sdf")
-    return any(name.endswith((f".{end}", f".{end}.xz", f".{end}.gz", f".{end}.bz2")) for end in endings) or name in (
-        "POSCAR",
-        "CONTCAR",
-    )
+def taken(frame: Frame, keys: KeyMap | None) -> set[str]:
+    """Names in `info` and `arrays` that became fields of the structure."""
+    names = set()
+    for name in frame.data.field_names():
+        if keys and name in keys:
+            names.add(keys[name].key)
+        elif (field := FIELDS[name]).ase_key:
+            known = (field.ase_key, f"REF_{field.ase_key}", *ALIASES.get(name, ()))
+            names.add(next((key for key in known if key in frame.info or key in frame.arrays), field.ase_key))
+    return names

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from matfound.data.dataset import Dataset, Frame, SourceDataset
+from matfound.data.dataset import Dataset, Frame
 from matfound.errors import InputError
 from matfound.fields import FIELDS, Field
 from matfound.graphs.neighbors import radius_graph
@@ -130,7 +130,7 @@ class _Survey:
         self.overlaps: list[int] = []
         self.energies: dict[int, float] = {}
         for i in range(len(dataset)):
-            self._add(i, dataset.frame(i) if isinstance(dataset, SourceDataset) else Frame(dataset.get(i), {}, {}))
+            self._add(i, dataset.frame(i))
 
     def place(self, i: int) -> str:
         file, frame = self.dataset.place(i)
@@ -153,8 +153,8 @@ class _Survey:
         self._add_duplicates(i, data)
         for name, value in frame.info.items():
             self.info.setdefault(name, []).append(value)
-        for name, shape in frame.arrays.items():
-            self.arrays.setdefault(name, []).append(tuple(shape))
+        for name, values in frame.arrays.items():
+            self.arrays.setdefault(name, []).append(values.shape)
 
     def _add_fields(self, i: int, data: AtomicData) -> None:
         for name in data.field_names():
@@ -269,7 +269,7 @@ def describe(dataset: Dataset) -> Description:
     }
     return Description(
         name=dataset.name,
-        note=getattr(dataset, "note", ""),
+        note=dataset.note,
         files=dict(counts),
         frames=len(dataset),
         atoms=sum(survey.natoms),
@@ -322,7 +322,7 @@ def _range(survey: _Survey, name: str, column: _Column) -> Range | None:
 
 def _read_keys(survey: _Survey) -> set[str]:
     """Names that became fields."""
-    mapped = getattr(survey.dataset, "key_map", None) or {}
+    mapped = survey.dataset.key_map or {}
     names = {"numbers", "positions"}
     for field in FIELDS.values():
         if field.name in mapped:

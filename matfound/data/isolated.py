@@ -6,7 +6,8 @@ from typing import Any
 
 from ase.data import atomic_numbers, chemical_symbols
 
-from matfound.data.dataset import Dataset, labels, missing_labels, open_dataset
+from matfound.data.dataset import Dataset, labels, missing_labels
+from matfound.data.open import open_dataset
 from matfound.errors import InputError, nearest
 from matfound.structures.atomic_data import AtomicData
 

@@ -117,7 +117,7 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", d
     config, state = _read(folder)
     try:
         for field in config["fields"].values():
-            fields.declare(fields.Field(**{**field, "shape": tuple(field["shape"])}))
+            fields.declare(fields.from_dict(field))
         potential = build(config["model"])
     except InputError as error:
         raise error.at(folder / CONFIG) from None

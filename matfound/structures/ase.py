@@ -14,11 +14,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from matfound.errors import InputError
 from matfound.fields import FIELDS, Field
 from matfound.structures.atomic_data import AtomicData, check, is_missing
-from matfound.structures.keys import VIRIAL_UNIT, KeyMap, LabelSource, readable_fields, voigt_indices
+from matfound.structures.keys import ALIASES, VIRIAL_UNIT, KeyMap, LabelSource, readable_fields, voigt_indices
 from matfound.units import factor
 
-#: Further keys that a field is read from, after its own and REF_<its own>. `initial_charges` is an input of a calculation, no label.
-ALIASES = {"charges": ("mulliken_charges",)}
 #: A stress is refused where its off-diagonal elements differ by more than this fraction of the largest element.
 ASYMMETRY = 1e-2
 

@@ -1,17 +1,17 @@
 """The datum: one structure, or a batch of them, as tensors.
 
-PyG's own collate is not used: it raises when a later sample lacks a label, drops the label in silence when the first one does, and
-joins (3, 3) cells to (6, 3). Ours derives everything from `matfound.fields.FIELDS`.
+torch-geometric's `Data` is not used: its collate raises when a later sample lacks a label, drops the label in silence when the first one
+does, and joins (3, 3) cells to (6, 3); and importing it takes longer than everything else that a command needs. What is here derives
+everything from `matfound.fields.FIELDS`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch_geometric.data import Data
 
 from matfound import fields
 from matfound.errors import InputError
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 DTYPES = {"float64": torch.float64, "int64": torch.int64, "bool": torch.bool}
 
 
-class AtomicData(Data):
+class AtomicData:
     """A structure, or several joined by `collate`. Attributes are the names in `matfound.fields.FIELDS`.
 
     Always present: `numbers (atoms,)`, `cell (systems, 3, 3)` with rows as lattice vectors, `pbc (systems, 3)`. A batch also has
     `batch (atoms,)`, the system of each atom, and the counts `natoms`, `nedges`, `nbonds (systems,)`.
 
     The vector of an edge is `pos[source] + edge_shift @ cell - pos[target]`: it points from the target to the source.
+
+    Values are attributes and items alike: `data.pos`, `data["pos"]`, `data["edge_index@a2a"]`. `to_pyg` makes torch-geometric's `Data`.
     """
 
     numbers: Tensor
@@ -37,6 +39,66 @@ class AtomicData(Data):
     cell: Tensor
     pbc: Tensor
     batch: Tensor
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.__dict__[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dict__
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.__dict__.items())
+
+    def keys(self) -> list[str]:
+        """Names of everything that is here."""
+        return list(self.__dict__)
+
+    def __repr__(self) -> str:
+        shown = {name: list(value.shape) if isinstance(value, Tensor) else value for name, value in self}
+        return "AtomicData(" + ", ".join(f"{name}={value!r}" for name, value in shown.items()) + ")"
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "AtomicData":
+        """A copy whose tensors are what `function` makes of them."""
+        copy = AtomicData()
+        for name, value in self:
+            copy[name] = function(value) if isinstance(value, Tensor) else value
+        return copy
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "AtomicData":
+        """A copy on a device."""
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def cpu(self) -> "AtomicData":
+        """A copy in the memory of the CPU."""
+        return self.to("cpu")
+
+    def clone(self) -> "AtomicData":
+        """A copy with tensors of its own."""
+        return self.apply(Tensor.clone)
+
+    def pin_memory(self) -> "AtomicData":
+        """A copy in page-locked memory, from which a GPU copies beside its other work; `DataLoader(pin_memory=True)` asks for it."""
+        return self.apply(Tensor.pin_memory)
+
+    def to_pyg(self) -> Any:
+        """The same tensors as a `torch_geometric.data.Data`."""
+        from torch_geometric.data import Data
+
+        return Data(num_nodes=self.num_nodes, **dict(self))
 
     @classmethod
     def from_atoms(cls, atoms: "ase.Atoms", **options: Any) -> "AtomicData":
@@ -76,16 +138,6 @@ class AtomicData(Data):
         """Names of the graphs that are here ("main" and others)."""
         names = [name for name in self.keys() if name.partition("@")[0] == "edge_index"]
         return sorted(name.partition("@")[2] or fields.MAIN_GRAPH for name in names)
-
-    def __cat_dim__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        field = FIELDS.get(key.partition("@")[0])
-        return field.cat_dim if field else super().__cat_dim__(key, value, *args, **kwargs)
-
-    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        field = FIELDS.get(key.partition("@")[0])
-        if field is None or field.index is None:
-            return 0
-        return self.num_nodes if field.index == "atom" else value.shape[0]
 
     def to_list(self) -> list["AtomicData"]:
         """The structures of a batch, one by one; fields that are missing for a structure are absent from it again.
@@ -162,37 +214,97 @@ def collate(samples: Sequence[AtomicData]) -> AtomicData:
     nested = next((i for i, sample in enumerate(samples) if sample.is_batch), None)
     if nested is not None:
         raise InputError(f"sample {nested} is a batch itself", remedy="split it with to_list()")
-    batch = AtomicData()
-    device = samples[0].numbers.device
-    natoms = torch.tensor([sample.num_nodes for sample in samples], dtype=torch.int64, device=device)
-    batch.natoms = natoms
-    batch.batch = torch.repeat_interleave(torch.arange(len(samples), device=device), natoms)
-    names = {name: None for sample in samples for name in sample.field_names()}
+    return _join(samples)
+
+
+def concatenate(batches: Sequence[AtomicData]) -> AtomicData:
+    """Join batches to one, with the result that collating all of their structures would give.
+
+    Raises:
+        InputError: no batches, and as `collate`.
+    """
+    if not batches:
+        raise InputError("nothing to join: received no batches")
+    return batches[0] if len(batches) == 1 and batches[0].is_batch else _join(batches)
+
+
+def empty_batch(graphs: Sequence[str] = (fields.MAIN_GRAPH,)) -> AtomicData:
+    """A batch of no structures, with the (empty) graphs that a model asks for; every loss on it is 0."""
+    batch = AtomicData(natoms=torch.zeros(0, dtype=torch.int64), batch=torch.zeros(0, dtype=torch.int64), id=[])
+    names = ["numbers", "pos", "cell", "pbc", "dataset"]
+    names += [fields.graph_key(name, graph) for graph in graphs for name in ("edge_index", "edge_shift", "edge_perm")]
     for name in names:
         field = FIELDS[name.partition("@")[0]]
-        values = [sample[name] if name in sample else None for sample in samples]  # noqa: SIM401 (no dict)
-        if any(value is None for value in values) and (field.required or field.level == "edge"):
-            frame = next(i for i, value in enumerate(values) if value is None)
-            raise InputError(f"'{name}' is absent in sample {frame} of a batch of {len(samples)} whose other samples have it")
-        if field.dtype == "str":
-            batch[name] = ["" if value is None else value for value in values]
-            continue
-        if field.level in ("edge", "bond"):
-            rows = [0 if value is None else value.shape[field.cat_dim] for value in values]
-            batch[count_key(name, field)] = torch.tensor(rows, dtype=torch.int64, device=device)
-        if field.level == "bond" and any(value is None for value in values):
-            batch.has_bonds = torch.tensor([value is not None for value in values], device=device)
-        pieces = [_filler(field, sample) if value is None else value for value, sample in zip(values, samples, strict=True)]
-        batch[name] = torch.cat(pieces, dim=field.cat_dim)
-        if field.index:
-            repeats = batch[count_key(name, field)]
-            batch[name] += torch.repeat_interleave(_offsets(batch[_index_count(name, field)]), repeats)
+        lead = (2, 0) if field.cat_dim == 1 else (0,)
+        batch[name] = torch.zeros(*lead, *field.shape, dtype=DTYPES[field.dtype])
+        if field.level == "edge":
+            batch[count_key(name, field)] = torch.zeros(0, dtype=torch.int64)
     return batch
 
 
+def _join(parts: Sequence[AtomicData]) -> AtomicData:
+    """Structures and batches in their order."""
+    batch = AtomicData()
+    device = parts[0].numbers.device
+    batch.natoms = torch.cat([_rows(part, "numbers", FIELDS["numbers"]) for part in parts])
+    batch.batch = torch.repeat_interleave(torch.arange(len(batch.natoms), device=device), batch.natoms)
+    names = {name: None for part in parts for name in part.field_names()}
+    for name in names:
+        field = FIELDS[name.partition("@")[0]]
+        having = [name in part for part in parts]
+        lacking = [i for i, has in enumerate(having) if not has and parts[i].num_systems]
+        if lacking and (field.required or field.level == "edge"):
+            what = "sample" if not parts[0].is_batch else "batch"
+            raise InputError(f"'{name}' is absent in {what} {lacking[0]} of a batch of {len(parts)} whose other samples have it")
+        if field.dtype == "str":
+            batch[name] = [text for part, has in zip(parts, having, strict=True) for text in _texts(part, name, has)]
+            continue
+        if field.level in ("edge", "bond"):
+            batch[count_key(name, field)] = torch.cat([_rows(part, name, field) for part in parts])
+        if field.level == "bond" and (lacking or any("has_bonds" in part for part in parts)):
+            batch.has_bonds = torch.cat([_has_bonds(part, has) for part, has in zip(parts, having, strict=True)])
+        pieces = [part[name] if has else _filler(field, part) for part, has in zip(parts, having, strict=True)]
+        batch[name] = torch.cat(pieces, dim=field.cat_dim)
+        if field.index:
+            counts = [int(_rows(part, _counted(name, field), _counting(field)).sum()) for part in parts]
+            repeats = torch.tensor([piece.shape[field.cat_dim] for piece in pieces], device=device)
+            batch[name] += torch.repeat_interleave(_offsets(torch.tensor(counts, device=device)), repeats)
+    return batch
+
+
+def _counting(field: Field) -> Field:
+    """The field whose rows an index field counts."""
+    return FIELDS["numbers"] if field.index == "atom" else field
+
+
+def _counted(name: str, field: Field) -> str:
+    return "numbers" if field.index == "atom" else name
+
+
+def _rows(part: AtomicData, name: str, field: Field) -> Int[Tensor, " systems"]:
+    """How many rows each structure of a part has."""
+    if part.is_batch:
+        known = count_key(name, field)
+        return part[known] if known in part else torch.zeros_like(part.natoms)
+    rows = part[name].shape[field.cat_dim] if name in part else 0
+    return torch.tensor([rows], dtype=torch.int64, device=part.numbers.device)
+
+
+def _texts(part: AtomicData, name: str, has: bool) -> list[str]:
+    if not has:
+        return [""] * part.num_systems
+    return list(part[name]) if part.is_batch else [part[name]]
+
+
+def _has_bonds(part: AtomicData, has: bool) -> Tensor:
+    if "has_bonds" in part:
+        return part.has_bonds
+    return torch.full((part.num_systems,), has, device=part.numbers.device)
+
+
 def _filler(field: Field, sample: AtomicData) -> Tensor:
-    """The missing value in the shape that the field would have in this sample."""
-    rows = {"atom": sample.num_nodes, "system": 1}.get(field.level, 0)
+    """The missing value in the shape that the field would have in this sample, or batch."""
+    rows = {"atom": sample.num_nodes, "system": sample.num_systems}.get(field.level, 0)
     lead = (2, rows) if field.cat_dim == 1 else (rows,)
     assert not isinstance(field.missing, str)
     return torch.full((*lead, *field.shape), field.missing, dtype=DTYPES[field.dtype], device=sample.numbers.device)

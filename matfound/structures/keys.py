@@ -23,6 +23,8 @@ from matfound.fields import FIELDS
 from matfound.units import factor
 
 VIRIAL_UNIT = "eV"
+#: Further keys that a field is read from, after its own and REF_<its own>. `initial_charges` is an input of a calculation, no label.
+ALIASES = {"charges": ("mulliken_charges",)}
 _COMPONENTS = {"xx": (0, 0), "yy": (1, 1), "zz": (2, 2), "yz": (1, 2), "xz": (0, 2), "xy": (0, 1)}
 
 

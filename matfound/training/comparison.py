@@ -9,7 +9,8 @@ import numpy as np
 from ase.data import chemical_symbols
 from lightning.pytorch import Trainer
 
-from matfound.data.dataset import Dataset, open_dataset
+from matfound.data.dataset import Dataset
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 from matfound.fields import FIELDS
 from matfound.inference.predict import predict

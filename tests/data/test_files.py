@@ -14,8 +14,8 @@ import torch
 from ase.constraints import FixAtoms
 from torch.utils.data import DataLoader
 
-from matfound.data.dataset import open_dataset
 from matfound.data.files import FileDataset
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 
 

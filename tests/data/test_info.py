@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from matfound.cli.main import main
-from matfound.data.dataset import Dataset, open_dataset
+from matfound.data.dataset import Dataset
 from matfound.data.files import FileDataset
 from matfound.data.info import describe, energy_outliers, structure_hash
 from matfound.data.info_text import render
+from matfound.data.open import open_dataset
 from matfound.structures.ase import from_atoms
 
 

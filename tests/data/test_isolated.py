@@ -7,8 +7,8 @@ import ase.io
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from matfound.data.dataset import open_dataset
 from matfound.data.isolated import check_labels, energies, is_isolated, merged, read
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 from matfound.structures.atomic_data import AtomicData
 

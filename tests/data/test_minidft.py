@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from matfound import catalog
-from matfound.data.dataset import open_dataset
+from matfound.data.open import open_dataset
 from matfound.data.splits import held_out_split, load_split, named, select
 
 SEED = 20261124

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ase.constraints import FixAtoms
 
-from matfound.data.dataset import open_dataset
 from matfound.data.oc20 import OC20Archives
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from matfound.data.dataset import open_dataset
 from matfound.data.omat24 import AseLmdbDataset
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 
 

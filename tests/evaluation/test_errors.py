@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ase.io import write as write_atoms
 
-from matfound.data.dataset import open_dataset
+from matfound.data.open import open_dataset
 from matfound.errors import InputError
 from matfound.evaluation.errors import evaluate, summary, write
 

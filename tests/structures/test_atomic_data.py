@@ -1,4 +1,7 @@
+import copy
 import dataclasses
+import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +14,17 @@ from matfound.errors import InputError
 from matfound.fields import FIELDS, Field
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
-from matfound.structures.atomic_data import DTYPES, AtomicData, check, check_lattice, collate, is_missing, present_rows
+from matfound.structures.atomic_data import (
+    DTYPES,
+    AtomicData,
+    check,
+    check_lattice,
+    collate,
+    concatenate,
+    empty_batch,
+    is_missing,
+    present_rows,
+)
 
 #: What may be there or not, sample by sample.
 OPTIONAL = [name for name, field in FIELDS.items() if not field.required and field.level != "edge" and name != "pos"]
@@ -339,16 +352,55 @@ def test_the_second_structure_of_a_batch_is_checked_too():
         check(batch)
 
 
-def test_pyg_knows_the_axes_and_increments_of_the_table():
+@settings(deadline=None, max_examples=40)
+@given(recipes, st.lists(st.integers(0, 5), max_size=3))
+def test_joined_batches_are_the_batch_of_all(plan, cuts):
+    given_samples = cook(plan)
+    edges = sorted({0, len(given_samples), *(min(cut, len(given_samples)) for cut in cuts)})
+    batches = [collate(given_samples[start:stop]) for start, stop in pairwise(edges)]
+    assert_equal(concatenate(batches), collate(given_samples))
+    nothing = empty_batch(list(plan["graphs"])) if plan["graphs"] or plan["pos"] else None
+    if nothing is not None and len(batches) > 1:
+        joined = concatenate([nothing, *batches[:1], nothing, *batches[1:]])
+        assert_equal(joined, collate(given_samples), but={"dataset", "id", *(nothing.keys() if not plan["graphs"] else [])})
+
+
+def test_empty_batch():
+    graphs = {"main": GraphSpec(3.0), "a2a": GraphSpec(4.0)}
+    nothing = check(empty_batch(list(graphs)))
+    assert (nothing.num_nodes, nothing.num_systems, nothing.is_batch, nothing.to_list()) == (0, 0, True, [])
+    some = collate([add_graphs(structure(), graphs)])
+    assert set(some.keys()) <= set(nothing.keys())
+    with pytest.raises(InputError, match="received no batches"):
+        concatenate([])
+
+
+def test_copies():
+    data = structure()
+    data["edge_index@a2a"] = torch.zeros(2, 1, dtype=torch.int64)
+    data.id = "one"
+    for copied in (copy.copy(data), data.clone(), data.to("cpu"), pickle.loads(pickle.dumps(data))):
+        assert_equal(copied, data)
+    copied = copy.copy(data)
+    copied.id = "other"
+    del copied["edge_index@a2a"]
+    assert data.id == "one" and "edge_index@a2a" in data and "edge_index@a2a" not in copied
+    clone = data.clone()
+    clone.pos += 1
+    assert not torch.equal(clone.pos, data.pos)
+    assert "pos=[3, 3]" in repr(data) and "id='one'" in repr(data)
+    with pytest.raises(KeyError):
+        data["forces"]
+    with pytest.raises(AttributeError):
+        data.forces  # noqa: B018
+
+
+def test_to_pyg():
     data = structure(natoms=3)
-    data.edge_index, data.edge_perm = torch.zeros(2, 5).long(), torch.arange(5)
-    assert data.__cat_dim__("edge_index@a2a", data.edge_index) == 1
-    assert data.__cat_dim__("forces", None) == 0
-    assert data.__cat_dim__("something", torch.zeros(2)) == 0
-    assert data.__inc__("edge_index", data.edge_index) == 3
-    assert data.__inc__("edge_perm", data.edge_perm) == 5
-    assert data.__inc__("dataset", torch.zeros(1)) == 0
-    assert data.__inc__("my_index", torch.zeros(1)) == 0
+    data.edge_index = torch.zeros(2, 5).long()
+    pyg = data.to_pyg()
+    assert type(pyg).__module__.startswith("torch_geometric")
+    assert pyg.num_nodes == 3 and pyg.num_edges == 5 and torch.equal(pyg.pos, data.pos)
 
 
 def test_fields_agree_with_themselves():
