@@ -1,82 +1,24 @@
-"""`matfound data info PATH`: what is in a file, before anything is trained on it."""
+"""`matfound data VERB`: look into data, convert, check, fetch, split and compare them. Each verb has a file of its own."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
-from matfound.cli.options import add_reading, reading
-
-if TYPE_CHECKING:
-    from matfound.data.dataset import Dataset
-    from matfound.data.info import Description
-
-_EXAMPLES = """\
-examples:
-  matfound data info minidft                              a dataset of the catalog
-  matfound data info my.extxyz.xz --key energy=REF_energy --unit energy=kcal/mol
-  matfound data info run/*.traj --key virial=virial       several files as one
-  matfound data info s2ef_train_200K/                     OC20 archives: N.extxyz.xz with N.txt.xz
-  matfound data info rattled-300-subsampled/              OMat24: .aselmdb files
-"""
+#: Verb to the module that has it.
+VERBS = {
+    "info": "matfound.cli.data_info",
+}
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `data` and its verbs to argparse's subparsers."""
     data = subparsers.add_parser("data", help="look into data", description="Look into data.")
     verbs = data.add_subparsers(dest="data_verb", metavar="VERB", required=True)
-    info = verbs.add_parser(
-        "info",
-        help="print what is in a file",
-        description="Print what is in a file: frames, elements, sizes, labels with units and ranges, missing labels, duplicates, oddities.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    info.add_argument("path", nargs="+", metavar="PATH", help="files that ASE opens, a folder of OC20 or OMat24 files, or a catalog name")
-    info.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add_reading(info)
+    for module in dict.fromkeys(VERBS.values()):
+        importlib.import_module(module).add_parser(verbs)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a verb of `data`; the exit code.
-
-    Raises:
-        InputError: the path cannot be read, or an option is not understood; or, after the page, a label that only some frames of a file
-            have, unless `--allow-missing` says that it is meant.
-    """
-    from matfound.data.info import describe
-
-    datasets = _datasets(args.path, reading(args) | {"allow_missing": True})
-    descriptions = [describe(dataset) for dataset in datasets]
-    if args.json:
-        import json
-
-        content = [description.to_dict() for description in descriptions]
-        print(json.dumps(content[0] if len(content) == 1 else content, indent=1, ensure_ascii=False))
-    else:
-        _print(descriptions)
-    if not args.allow_missing:
-        # The page is out; a file that training would refuse is an error all the same.
-        for dataset in datasets:
-            dataset.check_labels()
-    return 0
-
-
-def _print(descriptions: "list[Description]") -> None:
-    from matfound.cli.verbs import console
-    from matfound.data.info_text import render
-
-    terminal = console()
-    with terminal.capture() as captured:
-        for description in descriptions:
-            terminal.print(render(description), "", sep="\n")
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _datasets(paths: list[str], options: dict[str, Any]) -> "list[Dataset]":
-    """What was named: a dataset of the catalog is shown as its sets, each of one level of theory."""
-    from matfound import catalog
-    from matfound.data.open import open_dataset
-
-    if len(paths) == 1 and not Path(paths[0]).exists() and paths[0] in catalog.names("datasets"):
-        return [open_dataset(name, **options) for name in catalog.dataset(paths[0]).datasets]
-    return [open_dataset(paths[0] if len(paths) == 1 else paths, **options)]
+    """Run a verb of `data`; the exit code. Errors as the verb's own."""
+    code: int = importlib.import_module(VERBS[args.data_verb]).run(args)
+    return code
