@@ -6,6 +6,7 @@
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -274,22 +275,34 @@ def training_sets() -> dict[str, list[Path]]:
     return found
 
 
+def _expand(path: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        known = os.environ.get(found[1]) or found[3]
+        if known is None:
+            raise InputError(f"the environment variable {found[1]} is not set", remedy=f"export {found[1]}=FOLDER", file=path)
+        return known
+
+    return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", value, path)
+
+
 def resolve(path: str | os.PathLike[str]) -> Path:
     """A path as given if it exists, else below the catalog: "datasets/minidft/split.json" works from any folder.
 
+    `${NAME}` stands for an environment variable, `${NAME:-default}` for one that need not be set.
+
     Raises:
-        InputError: neither exists; the nearest names next to it are suggested.
+        InputError: neither exists; the nearest names next to it are suggested. Or a variable is not set.
     """
-    given = Path(path).expanduser()
+    given = Path(_expand(os.fspath(path))).expanduser()
     if given.exists():
         return given
     if not given.is_absolute() and (root() / given).exists():
         return root() / given
     neighbours = [folder for folder in (given.parent, root() / given.parent) if folder.is_dir()]
     if not neighbours:
-        raise InputError(f"no such file: the folder '{given.parent}' does not exist", file=path)
+        raise InputError(f"no such file: the folder '{given.parent}' does not exist", file=given)
     near = [entry.name for folder in neighbours for entry in folder.iterdir() if not entry.name.startswith(".")]
-    raise InputError("no such file or folder", remedy=nearest(given.name, near), file=path)
+    raise InputError("no such file or folder", remedy=nearest(given.name, near), file=given)
 
 
 C = TypeVar("C", bound=_Card)

@@ -181,7 +181,8 @@ def declare(field: Field) -> Field:
 
 def from_dict(values: Mapping[str, Any]) -> Field:
     """The field of `dataclasses.asdict`, also after a journey through JSON."""
-    return Field(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Field(**arguments)
 
 
 #: What a second declaration may leave open or fill in.

@@ -135,6 +135,18 @@ def test_training_sets_have_one_level_of_theory_each():
     assert all(file.is_file() for files in sets.values() for file in files)
 
 
+def test_resolve_environment_variables(tmp_path, monkeypatch):
+    (tmp_path / "a.xyz").touch()
+    monkeypatch.delenv("SOME_FOLDER", raising=False)
+    with pytest.raises(InputError, match=r"the environment variable SOME_FOLDER is not set \(export SOME_FOLDER=FOLDER\)"):
+        catalog.resolve("${SOME_FOLDER}/a.xyz")
+    assert catalog.resolve(f"${{SOME_FOLDER:-{tmp_path}}}/a.xyz") == tmp_path / "a.xyz"
+    with pytest.raises(InputError, match="the folder '/nowhere' does not exist"):
+        catalog.resolve("${SOME_FOLDER:-/nowhere}/a.xyz")
+    monkeypatch.setenv("SOME_FOLDER", str(tmp_path))
+    assert catalog.resolve("${SOME_FOLDER}/a.xyz") == catalog.resolve("${SOME_FOLDER:-/nowhere}/a.xyz") == tmp_path / "a.xyz"
+
+
 def test_resolve(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = catalog.resolve("datasets/minidft/split.json")

@@ -1,7 +1,7 @@
 """Periodic radius graphs: which atoms are within a cutoff of which images of which others.
 
-A search finds candidate pairs, a little beyond the cutoff: pymatgen's compiled cell list on the CPU, vesin on a GPU, and
-nvalchemi-toolkit-ops for whole batches on a GPU where it is installed. One selection then recomputes every distance and decides which
+A search finds candidate pairs, a little beyond the cutoff: pymatgen's compiled cell list on the CPU; on a GPU a comparison of all pairs of
+whole batches, and for structures too large for that vesin, or nvalchemi-toolkit-ops where it is installed. One selection then recomputes every distance and decides which
 candidates are edges and in which order, so that the graph is the same whichever search found them.
 """
 
@@ -26,6 +26,8 @@ MARGIN = 1e-6
 FARTHEST = 1e8
 #: More images than this of one structure are no crystal but a cell in the wrong unit.
 MAX_IMAGES = 10**8
+#: All pairs of atoms and images are compared on a GPU up to so many, so many at a time.
+MAX_CANDIDATES, CHUNK = 2**28, 2**24
 
 
 class Graph(NamedTuple):
@@ -269,7 +271,7 @@ def _search(geometry: _Geometry, radius: float) -> _Pairs:
     wraps = torch.floor((pos[:, None, :] @ inverse[batch]).squeeze(1)) * pbc[batch]
     wrapped = pos - (wraps[:, None, :] @ frame[batch]).squeeze(1)
     reach = radius + MARGIN
-    pairs = _search_nvalchemi(wrapped, frame, pbc, batch, reach) if _on_gpu(pos) and len(cell) > 1 else None
+    pairs = _search_whole(wrapped, frame, pbc, batch, reach) if _on_gpu(pos) else None
     if pairs is None:
         one = _search_vesin if _on_gpu(pos) else _search_pymatgen
         firsts = torch.searchsorted(batch, torch.arange(len(cell) + 1, device=batch.device)).tolist()
@@ -286,6 +288,81 @@ def _search(geometry: _Geometry, radius: float) -> _Pairs:
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+def has_batched_search(device: torch.device) -> bool:
+    """Whether the graphs of a whole batch are found at once on a device, so that building them there beats the CPU."""
+    return device.type == "cuda"
+
+
+def _search_whole(pos: Tensor, lattices: Tensor, pbc: Tensor, batch: Tensor, reach: float) -> _Pairs | None:
+    """A whole batch at once on a GPU; None where that takes too much memory."""
+    images = _images(pos, lattices, pbc, batch, reach)
+    per_system = torch.bincount(batch[images.source], minlength=len(lattices))
+    candidates = int((per_system * torch.bincount(batch, minlength=len(lattices))).sum())
+    if candidates <= MAX_CANDIDATES:
+        return _search_dense(pos, lattices, batch, reach, images)
+    return _search_nvalchemi(pos, lattices, pbc, batch, reach) if len(lattices) > 1 else None
+
+
+class _Images(NamedTuple):
+    """Images of atoms that can be neighbours of something in their system; sorted by system."""
+
+    source: Int[Tensor, " images"]
+    shift: Int[Tensor, "images 3"]
+
+
+def _images(pos: Tensor, lattices: Tensor, pbc: Tensor, batch: Tensor, reach: float) -> _Images:
+    """Images within `reach` of the box, along the lattice vectors, that holds all (wrapped) atoms of their system."""
+    inverse = torch.linalg.inv(lattices)
+    # What `reach` is along each lattice vector, as a fraction; a little more for rounding.
+    margin = torch.where(pbc, reach * torch.linalg.vector_norm(inverse, dim=1) + 1e-9, 0.0)
+    inside = (pos[:, None, :] @ inverse[batch]).squeeze(1)
+    rows = batch[:, None].expand(-1, 3)
+    low, high = (
+        torch.full_like(margin, start).scatter_reduce(0, rows, inside, how) for start, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    most = torch.ceil(margin).long()
+    steps = (2 * most + 1)[batch]
+    counts = steps.prod(1)
+    source = torch.repeat_interleave(torch.arange(len(pos), device=pos.device), counts)
+    number = torch.arange(len(source), device=pos.device) - (torch.cumsum(counts, 0) - counts)[source]
+    digits = []
+    for k in (2, 1, 0):
+        digits.append(number % steps[source, k])
+        number = number // steps[source, k]
+    system = batch[source]
+    shift = torch.stack(digits[::-1], 1) - most[system]
+    place = inside[source] + shift
+    near = ((place >= low[system] - margin[system]) & (place <= high[system] + margin[system])) | ~pbc[system]
+    kept = torch.nonzero(near.all(1)).squeeze(1)
+    return _Images(source[kept], shift[kept])
+
+
+def _search_dense(pos: Tensor, lattices: Tensor, batch: Tensor, reach: float, images: _Images) -> _Pairs:
+    """Every atom against every image of its system, a few million pairs at a time: what a GPU does faster than anything clever."""
+    device = pos.device
+    system = batch[images.source]
+    places = pos[images.source] + (images.shift.to(pos.dtype)[:, None, :] @ lattices[system]).squeeze(1)
+    per_system = torch.bincount(system, minlength=len(lattices))
+    first = torch.cumsum(per_system, 0) - per_system
+    counts = per_system[batch]
+    cuts = torch.searchsorted(torch.cumsum(counts, 0), torch.arange(CHUNK, int(counts.sum()) + CHUNK, CHUNK, device=device)).tolist()
+    found = [_empty(device)]
+    start = 0
+    for cut in cuts:
+        stop = min(cut + 1, len(pos))
+        if stop <= start:
+            continue
+        targets = torch.arange(start, stop, device=device)
+        target = torch.repeat_interleave(targets, counts[start:stop])
+        offsets = torch.cumsum(counts[start:stop], 0) - counts[start:stop]
+        image = torch.arange(len(target), device=device) - offsets[target - start] + first[batch[target]]
+        squared = (places[image] - pos[target]).square().sum(1)
+        near = torch.nonzero(squared <= reach * reach).squeeze(1)
+        found.append(_Pairs(images.source[image[near]], target[near], images.shift[image[near]]))
+        start = stop
+    return _Pairs(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
 
 
 def _empty(device: torch.device) -> _Pairs:
@@ -309,7 +386,12 @@ def _lattices(cell: Tensor, pbc: Tensor) -> Tensor:
     lattices = cell.cpu().clone()
     if not torch.isfinite(lattices).all():
         raise InputError(f"field 'cell' is not finite: {lattices.squeeze(0).tolist()}", remedy="repair or remove the frame")
-    for lattice, periodic in zip(lattices, pbc.cpu(), strict=True):
+    periodic_all = pbc.cpu()
+    lengths = torch.linalg.vector_norm(lattices, dim=2, keepdim=True)
+    # Cheap for all at once; those with a doubt one by one.
+    fine = periodic_all.all(1) & (torch.linalg.det(lattices / lengths.clamp(min=1e-300)).abs() > 1e-3)
+    for system in torch.nonzero(~fine).flatten().tolist():
+        lattice, periodic = lattices[system], periodic_all[system]
         check_lattice(lattice, periodic)
         if not periodic.all():
             rows = torch.where(periodic[:, None], lattice, 0.0)

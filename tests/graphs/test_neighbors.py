@@ -594,6 +594,35 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.lists(structures(), min_size=1, max_size=4), st.floats(0.5, 9.0), st.sampled_from([50, 2**24]))
+def test_all_pairs_of_whole_batches_are_what_pymatgen_finds(many, cutoff, chunk):
+    """The search of a GPU, here on the CPU."""
+    assume(any(len(atoms) for atoms in many))
+    batch = collate([datum(atoms) for atoms in many])
+    specs = {"main": GraphSpec(cutoff), "few": GraphSpec(cutoff * 0.8, max_neighbors=5)}
+    try:
+        expected = add_graphs(batch.clone(), specs)
+    except InputError:  # two atoms in one place
+        reject()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, "_on_gpu", lambda tensor: True)
+        patch.setattr(neighbors, "CHUNK", chunk)
+        patch.setattr(neighbors, "_search_pymatgen", None)
+        assert_same(add_graphs(batch, specs), expected)
+
+
+def test_too_many_pairs_go_to_vesin(monkeypatch):
+    batch = collate([datum(rattled(number)) for number in (0, 1)])
+    expected = add_graphs(batch.clone(), SPECS)
+    for name in ("nvalchemiops", "nvalchemiops.torch", "nvalchemiops.torch.neighbors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(neighbors, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(neighbors, "MAX_CANDIDATES", 100)
+    monkeypatch.setattr(neighbors, "_search_vesin", neighbors._search_pymatgen)
+    assert_same(add_graphs(batch, SPECS), expected)
+
+
 @pytest.mark.skipif(not has("vesin"), reason="vesin is not installed")
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_vesin_finds_what_pymatgen_finds(number, monkeypatch):
@@ -651,6 +680,7 @@ def test_batches_go_to_nvalchemi_in_one_call(monkeypatch):
     batch = collate([datum(rattled(number)) for number in (0, 7, 1)])
     expected = add_graphs(batch.clone(), SPECS)
     monkeypatch.setattr(neighbors, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(neighbors, "MAX_CANDIDATES", 0)
     assert_same(add_graphs(batch, SPECS), expected)
     assert calls == [{"systems": 2, "max_neighbors": 10}, {"systems": 2, "max_neighbors": 100}]
 
