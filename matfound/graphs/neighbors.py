@@ -5,6 +5,7 @@ whole batches, and for structures too large for that vesin, or nvalchemi-toolkit
 candidates are edges and in which order, so that the graph is the same whichever search found them.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ MARGIN = 1e-6
 FARTHEST = 1e8
 #: More images than this of one structure are no crystal but a cell in the wrong unit.
 MAX_IMAGES = 10**8
-#: All pairs of atoms and images are compared on a GPU up to so many, so many at a time.
-MAX_CANDIDATES, CHUNK = 2**28, 2**24
+#: All pairs of atoms and images are compared on a GPU up to so many, so many at a time; up to so many in a structure that is the faster way.
+MAX_CANDIDATES, CHUNK, FEW_CANDIDATES = 2**28, 2**24, 2**23
 
 
 class Graph(NamedTuple):
@@ -296,11 +297,12 @@ def has_batched_search(device: torch.device) -> bool:
 
 
 def _search_whole(pos: Tensor, lattices: Tensor, pbc: Tensor, batch: Tensor, reach: float) -> _Pairs | None:
-    """A whole batch at once on a GPU; None where that takes too much memory."""
+    """A whole batch at once on a GPU; None where that takes too much memory, or longer than vesin for each structure."""
     images = _images(pos, lattices, pbc, batch, reach)
     per_system = torch.bincount(batch[images.source], minlength=len(lattices))
     candidates = int((per_system * torch.bincount(batch, minlength=len(lattices))).sum())
-    if candidates <= MAX_CANDIDATES:
+    limit = FEW_CANDIDATES * len(lattices) if importlib.util.find_spec("vesin") else MAX_CANDIDATES
+    if candidates <= min(limit, MAX_CANDIDATES):
         return _search_dense(pos, lattices, batch, reach, images)
     return _search_nvalchemi(pos, lattices, pbc, batch, reach) if len(lattices) > 1 else None
 
