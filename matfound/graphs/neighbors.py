@@ -1,8 +1,8 @@
 """Periodic radius graphs: which atoms are within a cutoff of which images of which others.
 
 A search finds candidate pairs, a little beyond the cutoff: pymatgen's compiled cell list on the CPU; on a GPU a comparison of all pairs of
-whole batches, and for structures too large for that vesin, or nvalchemi-toolkit-ops where it is installed. One selection then recomputes every distance and decides which
-candidates are edges and in which order, so that the graph is the same whichever search found them.
+a whole batch, and for structures too large for that vesin, or nvalchemi-toolkit-ops where it is installed. One selection then recomputes
+every distance and decides which candidates are edges and in which order, so that the graph is the same whichever search found them.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ MARGIN = 1e-6
 FARTHEST = 1e8
 #: More images than this of one structure are no crystal but a cell in the wrong unit.
 MAX_IMAGES = 10**8
-#: All pairs of atoms and images are compared on a GPU up to so many, so many at a time; up to so many in a structure that is the faster way.
+#: All pairs of atoms and images are compared on a GPU up to so many, so many at a time; up to so many a structure it is faster than vesin.
 MAX_CANDIDATES, CHUNK, FEW_CANDIDATES = 2**28, 2**24, 2**23
 
 
