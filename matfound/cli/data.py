@@ -7,6 +7,12 @@ from typing import Any
 #: Verb to the module that has it.
 VERBS = {
     "info": "matfound.cli.data_info",
+    "convert": "matfound.cli.data_convert",
+    "verify": "matfound.cli.data_convert",
+    "cat": "matfound.cli.data_convert",
+    "fetch": "matfound.cli.data_fetch",
+    "leakage": "matfound.cli.data_leakage",
+    "split": "matfound.cli.data_leakage",
 }
 
 

@@ -16,7 +16,9 @@ examples:
   matfound data info my.extxyz.xz --key energy=REF_energy --unit energy=kcal/mol
   matfound data info run/*.traj --key virial=virial       several files as one
   matfound data info s2ef_train_200K/                     OC20 archives: N.extxyz.xz with N.txt.xz
+  matfound data info is2re/data.lmdb                      OC20 LMDBs
   matfound data info rattled-300-subsampled/              OMat24: .aselmdb files
+  matfound data info Tox21-7k-12-labels.csv.gz            molecules: CSV, TSV or Parquet
 """
 
 
@@ -29,8 +31,14 @@ def add_parser(verbs: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    info.add_argument("path", nargs="+", metavar="PATH", help="files that ASE opens, a folder of OC20 or OMat24 files, or a catalog name")
+    info.add_argument(
+        "path",
+        nargs="+",
+        metavar="PATH",
+        help="files of structures or molecules, a folder of OC20 or OMat24 files, a store, or a catalog name",
+    )
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    info.add_argument("--all", action="store_true", help="look at every structure, however many there are")
     add_reading(info)
 
 
@@ -44,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from matfound.data.info import describe
 
     datasets = _datasets(args.path, reading(args) | {"allow_missing": True})
-    descriptions = [describe(dataset) for dataset in datasets]
+    descriptions = [describe(dataset, None) if args.all else describe(dataset) for dataset in datasets]
     if args.json:
         import json
 

@@ -25,7 +25,7 @@ class Data:
     """
 
     def __init__(self, args: argparse.Namespace, isolated: dict[str, float]) -> None:
-        from matfound.data.isolated import check_labels, energies, is_isolated, merged, read
+        from matfound.data.isolated import energies, is_isolated, merged, read
 
         self.keys = label_keys(args.key, args.unit)
         self.groups: dict[str, Dataset] = {"train": self._open(args.files, args.index)}
@@ -43,7 +43,7 @@ class Data:
             if not self.chosen[part]:
                 raise InputError("nothing but isolated atoms", remedy="give structures to learn from", file=dataset.place(0)[0])
             if not args.allow_missing:
-                check_labels(dataset, self.chosen[part])
+                dataset.check_labels(self.chosen[part])
             if part == "train":
                 self._survey([samples[i] for i in self.chosen[part]])
         self._check_twice()

@@ -19,7 +19,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from matfound import catalog
 from matfound.cli.recipe import OWN_OPTIONS, check_option, check_recipe, merge, read_recipe
@@ -27,6 +29,7 @@ from matfound.data.datamodule import AtomicDataModule
 from matfound.errors import InputError, nearest
 from matfound.report.files import write_text
 from matfound.tasks.multitask import MultiTask
+from matfound.training import ranks
 from matfound.training.callbacks import RunReport
 from matfound.training.progress import RunProgress
 from matfound.training.resume import ResumePoint, resume_file
@@ -64,6 +67,8 @@ class Parser(LightningArgumentParser):
     source = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an alternative that does not fit; there may be others
+            super().error(message, ex)
         if (cause := _input_error(ex)) is not None:
             raise cause.at(self.source or None)
         start = f"{self.source}: " if self.source else ""
@@ -93,13 +98,13 @@ class CLI(LightningCLI):
     """`fit`, `validate` or `test` of a recipe; `predict` is a verb of its own.
 
     Args:
-        verb: which of them.
+        argv: the command; its first word says which of them.
         recipes: files, for messages.
         options: of LightningCLI.
     """
 
-    def __init__(self, verb: str, recipes: Sequence[Path], **options: Any) -> None:
-        self.verb = verb
+    def __init__(self, argv: Sequence[str], recipes: Sequence[Path], **options: Any) -> None:
+        self.argv, self.verb = list(argv), argv[0]
         self.source = ", ".join(map(str, recipes))
         super().__init__(MultiTask, AtomicDataModule, **options)
 
@@ -151,7 +156,8 @@ class CLI(LightningCLI):
         if given in (None, "last"):
             if not last.is_file():
                 if self.verb == "fit":
-                    print(f"matfound: nothing to resume in {folder} yet, starting from the beginning", file=sys.stderr)
+                    if not _is_other_rank():
+                        print(f"matfound: nothing to resume in {folder} yet, starting from the beginning", file=sys.stderr)
                     return None
                 raise InputError("there is no checkpoint to use", remedy="run fit first, or name one with --ckpt_path", file=last)
             given = str(last)
@@ -181,17 +187,22 @@ class CLI(LightningCLI):
             raise cause.at(self.source or None) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With the CSV logger unless another was asked for.
+        """With the CSV logger unless another was asked for. The datamodule shares batches out over processes; Lightning must not.
 
         Raises:
-            InputError: several devices.
+            InputError: several processes, which Lightning would start by running this program again, but not as `matfound fit …`.
         """
         root = Path(self.config[self.verb].trainer.default_root_dir)
         if self.config_init[self.verb].trainer.logger is None:
             kwargs["logger"] = CSVLogger(str(root), name="logs")
-        trainer = super().instantiate_trainer(**kwargs)
-        if (processes := trainer.num_devices * trainer.num_nodes) > 1:  # before Lightning starts the others
-            raise InputError(f"a run has one process, received {processes}", remedy="set trainer.devices and trainer.num_nodes to 1")
+        trainer = super().instantiate_trainer(**kwargs, use_distributed_sampler=False)
+        strategy: Any = trainer.strategy
+        starts = isinstance(strategy.launcher, _SubprocessScriptLauncher) and not strategy.cluster_environment.creates_processes_externally
+        if starts and trainer.world_size > 1 and sys.argv[1:] != self.argv:
+            raise InputError(
+                f"a run of {trainer.world_size} processes has to be started as a command",
+                remedy=f"run matfound {self.verb} …, or set trainer.devices to 1",
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunReport):
                 callback.config = self.text
@@ -199,14 +210,21 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Keep the merged configuration beside the results."""
+        if not self.trainer.is_global_zero:
+            return
         write_text(Path(self.trainer.default_root_dir) / "config.yaml", self.text)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except (RuntimeError, ValueError, LookupError, TypeError, MisconfigurationException) as error:
+            if not ranks.is_first_to_fail(error):
+                raise SystemExit(1) from None
             if isinstance(error, InputError):
                 raise
+            if ranks.is_lost_connection(error):
+                remedy = "look for why: out of memory, say; then resume with --ckpt_path last"
+                raise InputError("another process of the run has ended", remedy=remedy) from error
             modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
             if "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules:
                 problem, remedy = f"the checkpoint does not fit this run: {_in_short(error)}", "use the recipe that it was made with"
@@ -214,6 +232,11 @@ class CLI(LightningCLI):
             if modules[-1].startswith("lightning."):  # Lightning itself complains
                 raise InputError(_in_short(error), remedy="check trainer", file=self.source or None) from error
             raise
+
+
+def _is_other_rank() -> bool:
+    """Whether this process leaves it to another to talk to the user."""
+    return bool(rank_zero_only.rank)  # type: ignore[attr-defined]
 
 
 def _in_short(error: BaseException) -> str:
@@ -233,6 +256,8 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     cli, console = train(argv), Console(highlight=False)
+    if not cli.trainer.is_global_zero:
+        return 0
     if cli.verb == "fit":
         _print_results(cli, console)
     else:
@@ -244,17 +269,29 @@ def _print_metrics(cli: CLI, console: "Console") -> None:
     """Loss and metrics of `validate` and `test`."""
     from matfound.report.errors import unit
     from matfound.report.tables import terminal
+    from matfound.tasks.metrics import OVER_SPREAD
+    from matfound.tasks.target import CLASS_METRICS
 
     stage = {"validate": "val", "test": "test"}[cli.verb]
     values = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     rows: list[dict[str, Any]] = [{"quantity": "loss", "value": values.get(f"{stage}/loss"), "unit": ""}]
     for target in cli.model.targets:
-        for metric in target.metrics:
+        for metric in (variant for known in target.metrics for variant in (known, known + OVER_SPREAD)):
             if (name := f"{stage}/{target.field}_{metric}") in values:
+                plain = metric in CLASS_METRICS or metric.endswith(OVER_SPREAD)
                 label = f"{target.field}, {metric if metric == 'accuracy' else metric.upper()}"
-                rows.append({"quantity": label, "value": values[name], "unit": "" if metric == "accuracy" else unit(target.field)})
+                rows.append({"quantity": label.replace(OVER_SPREAD.upper(), "/spread"), "value": values[name],
+                             "unit": "" if plain else unit(target.field)})  # fmt: skip
     console.print(f"{cli.config[cli.verb].ckpt_path}, {stage} set", soft_wrap=True)
     console.print(terminal(rows))
+
+
+def _in_spreads(row: dict[str, Any]) -> dict[str, Any]:
+    """A group of several units has no MAE in one of them: errors are given in spreads of the labels."""
+    share, gain = row.get("MAE/spread"), row.get("gain")
+    if share is None or row.get("MAE") is not None:
+        return row
+    return row | {"MAE": share, "baseline MAE": None if gain is None else gain * share, "unit": "spread"}
 
 
 def _print_results(cli: CLI, console: "Console") -> None:
@@ -267,7 +304,8 @@ def _print_results(cli: CLI, console: "Console") -> None:
         if table is not None and len(table):
             columns = ("field", "dataset", "n", "MAE", "baseline MAE", "unit", "accuracy")
             names = {"baseline MAE": "baseline"}  # 80 columns are few
-            rows = [{names.get(key, key): row[key] for key in columns if key in row} for row in table.rows(("dataset",))]
+            found = [_in_spreads(row) for row in table.rows(("dataset",))]
+            rows = [{names.get(key, key): row[key] for key in columns if key in row} for row in found]
             console.print(terminal(rows, f"Errors, {part} set"))
             if part in report.left_out:
                 console.print(f"Left out for elements that were not trained on: {report.left_out[part]} structures")
@@ -287,7 +325,7 @@ def train(argv: Sequence[str]) -> CLI:
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         try:
             return CLI(
-                argv[0],
+                argv,
                 recipes,
                 args=args,
                 auto_configure_optimizers=False,
@@ -306,6 +344,8 @@ def train(argv: Sequence[str]) -> CLI:
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's code for it would be 1
+                if _is_other_rank():  # rank 0 says so
+                    raise SystemExit(128 + signal.SIGINT) from None
                 raise KeyboardInterrupt from None
             raise
         finally:

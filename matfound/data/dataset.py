@@ -2,10 +2,10 @@
 
 import copy
 import itertools
+import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ase
@@ -14,6 +14,7 @@ from ase.symbols import Symbols
 
 from matfound.errors import InputError, nearest
 from matfound.fields import FIELDS
+from matfound.structures.ase import Parts, from_parts, parts
 from matfound.structures.atomic_data import AtomicData, collate
 from matfound.structures.keys import ALIASES, KeyMap, LabelSource, key_map
 
@@ -85,8 +86,11 @@ class Dataset(ABC):
         """The structure with what its source says beside it; not to be changed. Errors as for `get`."""
         return Frame(self.get(i), {}, {})
 
-    def check_labels(self) -> None:
+    def check_labels(self, frames: Sequence[int] | None = None) -> None:
         """Refuse a label that only some frames of one file have, whatever was allowed when the files were opened.
+
+        Args:
+            frames: only these count, and only these must have it; by default all.
 
         Raises:
             InputError: names the file and the first frame that lacks the label.
@@ -100,6 +104,22 @@ class Dataset(ABC):
     def batch(self, indices: Sequence[int]) -> AtomicData:
         """The structures of these indices, in this order, as one batch. Errors as for `get`."""
         return collate([self.get(int(i)) for i in indices])
+
+    def scan(self, start: int, stop: int) -> Iterator[tuple[int, Frame | InputError]]:
+        """The frames of a range in their order, each with its number; for one that cannot be used, its error, with file and frame.
+
+        Raises:
+            InputError: what is wrong with more than one frame, e.g. a label that only some frames of a file have.
+        """
+        for i in range(start, stop):
+            try:
+                yield i, self.frame(i)
+            except InputError as error:
+                yield i, error.at(*self.place(i))
+
+    def release(self, keep: int | None = None) -> None:
+        """Let go of what was read and can be read again, but for the file of frame `keep`. Default: nothing is kept anyway."""
+        return
 
     @property
     def problems(self) -> Sequence[Problem]:
@@ -163,30 +183,33 @@ class SlicedSource(Source):
     def natoms(self, i: int) -> int:
         return self._source.natoms(self._rows[i])
 
+    def release(self) -> None:
+        self._source.release()
 
-def to_frame(atoms: ase.Atoms, keys: KeyMap | None, file: str, index: int, *, label: str = "") -> Frame:
-    """Convert what ASE read. A frame without an id is called "label:index", by default after its file.
+
+def to_frame(atoms: ase.Atoms | Parts, keys: KeyMap | None, file: str, index: int, *, label: str = "") -> Frame:
+    """Convert what was read. A frame without an id is called "label:index", by default after its file.
 
     Raises:
         InputError: the structure is not valid; file and frame are named.
     """
-    from matfound.structures.ase import from_atoms
-
+    read = parts(atoms) if isinstance(atoms, ase.Atoms) else atoms
     try:
-        data = from_atoms(atoms, keys=keys)
+        data = from_parts(read, keys=keys)
     except InputError as error:
         raise error.at(file, index) from error
     for name in ("id", "config_type"):
         if name in data and not isinstance(data[name], str):
             data[name] = str(data[name][0])
     if "id" not in data:
-        data.id = f"{label or Path(file).name}:{index}"
-    results = atoms.calc.results if atoms.calc is not None else {}
-    arrays = {name: value for name, value in atoms.arrays.items() if name not in ("numbers", "positions")}
-    info = dict(atoms.info)
+        data.id = f"{label or os.path.basename(file)}:{index}"
+    results = read.results
+    if isinstance(atoms, ase.Atoms):  # stale results are no labels, but they stay known
+        results = atoms.calc.results if atoms.calc is not None else {}
+    arrays, info = dict(read.arrays), dict(read.info)
     for name, value in results.items():
         shape = getattr(value, "shape", ())
-        if shape and shape[0] == len(atoms) and name not in ("dipole", "stress"):
+        if shape and shape[0] == len(read.numbers) and name not in ("dipole", "stress"):
             arrays[name] = value
         elif value is not None:
             info.setdefault(name, value)
@@ -210,7 +233,7 @@ class SourceDataset(Dataset):
         self.name, self.allow_missing, self.key_map = name, allow_missing, keys
         self.sources = list(sources)
         self._offsets = list(itertools.accumulate((source.size for source in self.sources), initial=0))
-        self._first: dict[int, Frame] = {}
+        self._first: dict[int, tuple[int, Frame]] = {}
         self._values: dict[str, list[str]] = {}
         if len(self) == 0:
             files = ", ".join(source.file for source in self.sources)
@@ -241,6 +264,23 @@ class SourceDataset(Dataset):
         if source.loaded() is None and not self.allow_missing:
             self._compare_with_first(number, local, frame)
         return frame
+
+    def scan(self, start: int, stop: int) -> Iterator[tuple[int, Frame | InputError]]:
+        for number, source in enumerate(self.sources):
+            offset = self._offsets[number]
+            first, last = max(start - offset, 0), min(stop - offset, source.size)
+            if first >= last:
+                continue
+            for local, found in source.scan(first, last):
+                if isinstance(found, Frame) and source.loaded() is None and not self.allow_missing:
+                    self._compare_with_first(number, local, found)
+                yield offset + local, found
+
+    def release(self, keep: int | None = None) -> None:
+        kept = -1 if keep is None else self._locate(keep)[0]
+        for number, source in enumerate(self.sources):
+            if number != kept:
+                source.release()
 
     def frames(self) -> Iterator[Frame]:
         """All frames in order."""
@@ -277,16 +317,20 @@ class SourceDataset(Dataset):
             raise InputError(f"the key '{name}' is missing", remedy="choose a key that every frame has", file=file, frame=index)
         return values
 
-    def check_labels(self) -> None:
-        for source in self.sources:
-            _check_consistent(source, [source.frame(i).data for i in range(source.size)])
+    def check_labels(self, frames: Sequence[int] | None = None) -> None:
+        chosen: dict[int, list[int]] = {}
+        for i in range(len(self)) if frames is None else frames:
+            number, local = self._locate(i)
+            chosen.setdefault(number, []).append(local)
+        for number, rows in chosen.items():
+            _check_consistent(self.sources[number], rows)
 
     def _check_loaded(self) -> None:
         """Look for labels that only some frames have, and for mapped keys that none has, in files that are in memory."""
         loaded = [(source, frames) for source in self.sources if (frames := source.loaded()) is not None]
-        for source, frames in loaded:
+        for source, _ in loaded:
             if not self.allow_missing:
-                _check_consistent(source, [frame.data for frame in frames])
+                _check_consistent(source, range(source.size))
         if self.key_map and len(loaded) == len(self.sources):
             self._check_mapped([frame for _, frames in loaded for frame in frames])
 
@@ -307,19 +351,27 @@ class SourceDataset(Dataset):
         """Files that are read frame by frame: every frame must have the labels of the first."""
         source = self.sources[number]
         if number not in self._first:
-            self._first[number] = frame if local == 0 else source.frame(0)
+            self._first[number] = self._first_frame(source, local, frame)
             if self.key_map and number == 0:
-                self._check_mapped([self._first[number]])
-        first = self._first[number].data
+                self._check_mapped([self._first[number][1]])
+        at, first = self._first[number][0], self._first[number][1].data
         expected = labels(first) | labels(frame.data)
-        for data, index in ((frame.data, local), (first, 0)):
+        for data, index in ((frame.data, local), (first, at)):
             if lacking := missing_labels(data, expected):
                 raise _inconsistent(min(lacking), source, index)
+
+    @staticmethod
+    def _first_frame(source: Source, local: int, frame: Frame) -> tuple[int, Frame]:
+        """The first frame of a file that can be used, and its number; one that can be used is known."""
+        if local == 0:
+            return 0, frame
+        before = (found for found in source.scan(0, local) if isinstance(found[1], Frame))
+        return next(((at, first) for at, first in before if isinstance(first, Frame)), (local, frame))
 
 
 def labels(data: AtomicData) -> frozenset[str]:
     """Names of the labels that a structure has."""
-    return frozenset(name for name in data.field_names() if (field := FIELDS.get(name)) is not None and field.label)
+    return frozenset(name for name in data.keys() if (field := FIELDS.get(name)) is not None and field.label)
 
 
 def missing_labels(data: AtomicData, expected: frozenset[str]) -> frozenset[str]:
@@ -338,17 +390,26 @@ def _value(frame: Frame, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def _check_consistent(source: Source, frames: list[AtomicData]) -> None:
-    found = [labels(data) for data in frames]
-    some = frozenset[str]().union(*found)
-    for i, data in enumerate(frames):
+def _check_consistent(source: Source, rows: Sequence[int]) -> None:
+    """Refuse a label that only some of these frames of a file have."""
+    kinds: dict[tuple[frozenset[str], bool], int] = {}  # how many frames have these labels, with a lattice or without
+    first: dict[tuple[frozenset[str], bool], AtomicData] = {}
+    places: dict[tuple[frozenset[str], bool], int] = {}
+    for i in rows:
+        data = source.frame(i).data
+        kind = (labels(data), bool(data.pbc.any()))
+        kinds[kind] = kinds.get(kind, 0) + 1
+        first.setdefault(kind, data)
+        places.setdefault(kind, i)
+    some = frozenset[str]().union(*(kind[0] for kind in kinds))
+    for kind, data in first.items():
         if lacking := missing_labels(data, some):
             label = min(lacking)
-            raise _inconsistent(label, source, i, sum(label in other for other in found))
+            raise _inconsistent(label, source, places[kind], sum(count for (have, _), count in kinds.items() if label in have), len(rows))
 
 
-def _inconsistent(label: str, source: Source, frame: int, having: int | None = None) -> InputError:
-    others = "other frames of the file have it" if having is None else f"{having} of {source.size} frames of the file have it"
+def _inconsistent(label: str, source: Source, frame: int, having: int | None = None, of: int = 0) -> InputError:
+    others = "other frames of the file have it" if having is None else f"{having} of {of} frames of the file have it"
     return InputError(
         f"label '{label}' is missing, but {others}",
         remedy="repair the frame, or say that it is meant: allow_missing: true (--allow-missing on the command line)",
@@ -366,13 +427,18 @@ def as_key_map(keys: Mapping[str, Any] | None) -> KeyMap | None:
     return key_map(keys)
 
 
-def taken(frame: Frame, keys: KeyMap | None) -> set[str]:
-    """Names in `info` and `arrays` that became fields of the structure."""
-    names = set()
+def origins(frame: Frame, keys: KeyMap | None) -> dict[str, str]:
+    """Fields of the structure that come from `info` or `arrays`, with their names there."""
+    found = {}
     for name in frame.data.field_names():
         if keys and name in keys:
-            names.add(keys[name].key)
+            found[name] = keys[name].key
         elif (field := FIELDS[name]).ase_key:
             known = (field.ase_key, f"REF_{field.ase_key}", *ALIASES.get(name, ()))
-            names.add(next((key for key in known if key in frame.info or key in frame.arrays), field.ase_key))
-    return names
+            found[name] = next((key for key in known if key in frame.info or key in frame.arrays), field.ase_key)
+    return found
+
+
+def taken(frame: Frame, keys: KeyMap | None) -> set[str]:
+    """Names in `info` and `arrays` that became fields of the structure."""
+    return set(origins(frame, keys).values())

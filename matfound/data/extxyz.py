@@ -1,6 +1,7 @@
 """Extended XYZ, frame by frame: compressed files stream, and a damaged frame has a number.
 
-The text of each frame goes through ASE's own parser, so its conventions hold (info keys, Voigt stress, move_mask).
+ASE's conventions hold (info keys, Voigt stress, move_mask): its own parser reads what is to be written back, and every frame that
+`matfound.data.extxyz_frame`, which is many times faster, does not understand.
 """
 
 import bz2
@@ -15,9 +16,10 @@ from itertools import islice
 from typing import NamedTuple
 
 import ase
-from ase.io.extxyz import read_xyz
 
+from matfound.data.extxyz_frame import parse_frame
 from matfound.errors import InputError
+from matfound.structures.ase import Parts, parts
 
 _OPENERS: dict[str, Callable[..., io.TextIOWrapper]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 #: A compressed stream that ends early or is damaged.
@@ -28,8 +30,11 @@ _PROPERTIES = re.compile(r"""(?:^|\s)Properties\s*=\s*["']?([^\s"']+)""")
 
 
 class _Text(NamedTuple):
+    """One frame: its number, its lines as they are, and what stands in each atom's line."""
+
     frame: int
     lines: list[str]
+    rows: list[list[str]]
 
 
 def is_extxyz(path: str | os.PathLike[str]) -> bool:
@@ -50,13 +55,22 @@ def read_frames(path: str | os.PathLike[str], index: slice = slice(None)) -> Ite
     Raises:
         InputError: the file cannot be read, is cut off or damaged, or a frame is not what it declares. File and frame are named.
     """
+    for text in _texts(path, index):
+        yield text.frame, _parse(text, path)
+
+
+def read_parts(path: str | os.PathLike[str], index: slice = slice(None)) -> Iterator[tuple[int, Parts]]:
+    """The same frames as `read_frames`, value for value, without making `Atoms`: several times faster. Errors as there."""
+    for text in _texts(path, index):
+        found = parse_frame(text.lines, text.rows)
+        yield text.frame, parts(_parse(text, path)) if found is None else found
+
+
+def _texts(path: str | os.PathLike[str], index: slice) -> Iterator[_Text]:
     texts: Iterator[_Text] = _split(path)
     if all(bound is None or bound >= 0 for bound in (index.start, index.stop)) and (index.step or 1) > 0:
-        texts = islice(texts, index.start, index.stop, index.step)
-    else:
-        texts = iter(list(texts)[index])
-    for text in texts:
-        yield text.frame, _parse(text, path)
+        return islice(texts, index.start, index.stop, index.step)
+    return iter(list(texts)[index])
 
 
 def _split(path: str | os.PathLike[str]) -> Iterator[_Text]:
@@ -66,12 +80,12 @@ def _split(path: str | os.PathLike[str]) -> Iterator[_Text]:
         with open_text(path) as stream:
             line = _next_line(stream)
             while line:
-                lines = _frame_lines(stream, line, path, index)
+                lines, rows = _frame_lines(stream, line, path, index)
                 line = _next_line(stream)
                 while line.lstrip().startswith("VEC"):  # lattice vectors below the atoms, an ASE extension of plain XYZ
                     lines.append(line)
                     line = _next_line(stream)
-                yield _Text(index, lines)
+                yield _Text(index, lines, rows)
                 index += 1
     except InputError:
         raise
@@ -92,7 +106,8 @@ def _next_line(stream: io.TextIOWrapper) -> str:
     return next((line for line in stream if line.strip()), "")
 
 
-def _frame_lines(stream: io.TextIOWrapper, header: str, path: str | os.PathLike[str], index: int) -> list[str]:
+def _frame_lines(stream: io.TextIOWrapper, header: str, path: str | os.PathLike[str], index: int) -> tuple[list[str], list[list[str]]]:
+    """The lines of a frame, and the words of each of its atoms."""
     if re.fullmatch(r"\s*\d+\s*", header) is None:
         before = f", or the atom count of frame {index - 1}" if index else ""
         raise InputError(
@@ -104,26 +119,25 @@ def _frame_lines(stream: io.TextIOWrapper, header: str, path: str | os.PathLike[
     natoms = int(header)
     comment = stream.readline()
     columns, declared = _columns(comment)
-    lines = [header, comment]
-    for atom in range(natoms):
-        line = stream.readline()
-        if not line:
-            raise InputError(
-                f"the file ends after {atom} of {natoms} atoms",
-                remedy="fetch the file again, or remove the frame",
-                file=path,
-                frame=index,
-            )
-        found = len(line.split())
+    lines = list(islice(stream, natoms))
+    rows = [line.split() for line in lines]
+    for atom, row in enumerate(rows):
+        found = len(row)
         if found < columns or (found > columns and declared):
             raise InputError(
-                f"atom {atom} has {found} columns, expected {columns} ({declared or 'symbol, x, y, z'}): {line.strip()[:60]!r}",
+                f"atom {atom} has {found} columns, expected {columns} ({declared or 'symbol, x, y, z'}): {lines[atom].strip()[:60]!r}",
                 remedy="repair the frame: a column is missing, Properties is wrong, or so is the number of atoms",
                 file=path,
                 frame=index,
             )
-        lines.append(line)
-    return lines
+    if len(lines) < natoms:
+        raise InputError(
+            f"the file ends after {len(lines)} of {natoms} atoms",
+            remedy="fetch the file again, or remove the frame",
+            file=path,
+            frame=index,
+        )
+    return [header, comment, *lines], rows
 
 
 def _columns(comment: str) -> tuple[int, str]:
@@ -138,6 +152,8 @@ def _columns(comment: str) -> tuple[int, str]:
 
 
 def _parse(text: _Text, path: str | os.PathLike[str]) -> ase.Atoms:
+    from ase.io.extxyz import read_xyz  # imports half of scipy
+
     try:
         return next(iter(read_xyz(io.StringIO("".join(text.lines)), 0)))
     except KeyError as error:

@@ -13,26 +13,28 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ase
-import ase.db
-import ase.io
-from ase.db.row import AtomsRow
-from ase.io.formats import UnknownFileTypeError, filetype, ioformats
-from ase.io.trajectory import TrajectoryReader
 from ase.utils import string2index
 
 from matfound import catalog
 from matfound.data.dataset import Frame, Source, SourceDataset, as_key_map, to_frame
-from matfound.data.extxyz import is_extxyz, read_frames
+from matfound.data.extxyz import is_extxyz, read_parts
 from matfound.errors import InputError
+from matfound.structures.ase import Parts
 from matfound.structures.keys import KeyMap
+
+if TYPE_CHECKING:
+    import ase.db.row
+    import ase.io.trajectory
+
+# ase.io and ase.db import half of scipy: only for files that need them.
 
 #: What ASE's readers raise on files that are not what their name says.
 READ_ERRORS = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, SyntaxError,
-    ArithmeticError, UnknownFileTypeError, sqlite3.Error, struct.error, zlib.error, lzma.LZMAError,
+    ArithmeticError, sqlite3.Error, struct.error, zlib.error, lzma.LZMAError,
 )  # fmt: skip
 _REMEDY = "give extended XYZ, .traj, .db, CIF, …"
 
@@ -40,7 +42,7 @@ _REMEDY = "give extended XYZ, .traj, .db, CIF, …"
 class MemorySource(Source):
     """Frames that were read once and stay in memory, already converted, so that a bad one is found before training starts."""
 
-    def __init__(self, file: str, frames: Iterable[tuple[int, ase.Atoms]], keys: KeyMap | None) -> None:
+    def __init__(self, file: str, frames: Iterable[tuple[int, ase.Atoms | Parts]], keys: KeyMap | None) -> None:
         self.file = file
         self._indices: list[int] = []
         self._frames: list[Frame] = []
@@ -117,7 +119,9 @@ class TrajectorySource(LazySource):
         except READ_ERRORS as error:
             raise InputError(f"not a readable ASE trajectory: {reason(error)}", remedy="fetch the file again", file=file) from error
 
-    def _open(self) -> TrajectoryReader:
+    def _open(self) -> "ase.io.trajectory.TrajectoryReader":
+        from ase.io.trajectory import TrajectoryReader
+
         return TrajectoryReader(self.file)
 
     def _atoms(self, index: int) -> ase.Atoms:
@@ -141,13 +145,15 @@ class DatabaseSource(LazySource):
         self.select(len(self._ids), index)
 
     def _open(self) -> Any:
+        import ase.db
+
         return ase.db.connect(self.file, type="db", use_lock_file=False)
 
     def _atoms(self, index: int) -> ase.Atoms:
         return row_atoms(self.handle().get(id=self._ids[index]))
 
 
-def row_atoms(row: AtomsRow) -> ase.Atoms:
+def row_atoms(row: "ase.db.row.AtomsRow") -> ase.Atoms:
     """A database row with its key-value pairs and its data as `info`."""
     atoms = row.toatoms()
     atoms.info.update(row.key_value_pairs)
@@ -170,6 +176,7 @@ class FileDataset(SourceDataset):
         keys: where labels are and in which units when not in ASE's places, e.g. `{energy: REF_energy, forces: {key: F, unit: Ha/bohr}}`.
         allow_missing: accept that only some frames of one file have a label; such frames do not count in its loss.
         index: only a slice of each file's frames, as ASE writes it: ":100", "::10", "-1".
+        stream: keep no frames of extended XYZ in memory: for files that are larger than it. A damaged frame is found when it is read.
 
     Raises:
         InputError: a file is missing, empty, damaged or unknown to ASE; a frame is no valid structure; a label that only some frames
@@ -183,10 +190,11 @@ class FileDataset(SourceDataset):
         keys: Mapping[str, Any] | None = None,
         allow_missing: bool = False,
         index: str | None = None,
+        stream: bool = False,
     ) -> None:
         mapped, wanted = as_key_map(keys), as_slice(index)
         files = expand([paths] if isinstance(paths, str | os.PathLike) else paths)
-        sources = [open_source(file, wanted, mapped) for file in files]
+        sources = [open_source(file, wanted, mapped, stream=stream) for file in files]
         super().__init__(sources, name or Path(files[0]).name.partition(".")[0], mapped, allow_missing)
 
 
@@ -245,10 +253,12 @@ def kind_of(file: str) -> str:
         raise InputError("an LMDB database is not a structure file", remedy=remedy, file=file)
     if is_extxyz(file):
         return "extxyz"
+    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+
     problem = "ASE does not know this kind of file"
     try:
         kind = str(filetype(file))
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, UnknownFileTypeError) as error:
         raise InputError(f"{problem}: {reason(error)}", remedy=_REMEDY, file=file) from error
     if kind not in ioformats or not ioformats[kind].can_read:
         raise InputError(f"{problem}: '{kind}'", remedy=_REMEDY, file=file)
@@ -259,12 +269,16 @@ def kind_of(file: str) -> str:
 LAZY: dict[str, Callable[[str, slice, KeyMap | None], LazySource]] = {"traj": TrajectorySource, "db": DatabaseSource}
 
 
-def open_source(file: str, index: slice, keys: KeyMap | None) -> Source:
+def open_source(file: str, index: slice, keys: KeyMap | None, *, stream: bool = False) -> Source:
     """The frames of one file, by what it is. Errors as for `FileDataset`."""
     kind = kind_of(file)
+    if stream and kind == "extxyz":
+        from matfound.data.extxyz_stream import StreamSource
+
+        return StreamSource(file, index, keys)
     if kind in LAZY:
         return LAZY[kind](file, index, keys)
-    return MemorySource(file, read_frames(file, index) if kind == "extxyz" else ase_frames(file, kind, index), keys)
+    return MemorySource(file, read_parts(file, index) if kind == "extxyz" else ase_frames(file, kind, index), keys)
 
 
 def ase_frames(file: str, kind: str, index: slice) -> list[tuple[int, ase.Atoms]]:
@@ -273,11 +287,14 @@ def ase_frames(file: str, kind: str, index: slice) -> list[tuple[int, ase.Atoms]
     Raises:
         InputError: ASE cannot read it.
     """
+    from ase.io import iread
+    from ase.io.formats import UnknownFileTypeError
+
     frames: list[tuple[int, ase.Atoms]] = []
     try:
-        for atoms in ase.io.iread(file, index=":", format=kind, do_not_split_by_at_sign=True):
+        for atoms in iread(file, index=":", format=kind, do_not_split_by_at_sign=True):
             frames.append((len(frames), atoms))  # its length is the number of the frame that fails
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, UnknownFileTypeError) as error:
         raise InputError(
             f"cannot be read as {kind}: {reason(error)}",
             remedy="repair the file, or give another format",

@@ -2,36 +2,25 @@
 
 import collections
 import dataclasses
-import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
 
-from matfound.data.dataset import Dataset, Frame
+from matfound.data.dataset import Dataset
+from matfound.data.info_checks import OVERLAP, energy_outliers
+from matfound.data.info_facts import Fact, family_facts, family_warnings
+from matfound.data.info_survey import CLASSES, LARGE_FORCE, Column, GroupColumns, Survey
 from matfound.errors import InputError
-from matfound.fields import FIELDS, Field
-from matfound.graphs.neighbors import radius_graph
-from matfound.graphs.spec import GraphSpec
-from matfound.structures.atomic_data import AtomicData
+from matfound.fields import FIELDS
 
-#: Above this a force is more likely an error of the calculation, or of its unit, than a structure to learn from (eV/Å).
-LARGE_FORCE = 100.0
-#: Atoms nearer than this overlap: H2, the shortest bond, has 0.74 Å.
-OVERLAP = 0.5
-#: An energy is an outlier when it is so many median absolute deviations off what its kind has, and ...
-OUTLIER_MADS = 30.0
-#: ... at least this many eV/atom off the median of its own formula, or off fitted element references. Bonds are worth a few eV/atom;
-#: hartrees taken for electronvolts, or totals for energies per atom, are far beyond both.
-OUTLIER_FORMULA, OUTLIER_ELEMENTS = 2.0, 20.0
-#: Formulas with fewer frames than this have no median to compare with.
-_FEW = 8
-#: Up to so many atoms, comparing all pairs is faster than a neighbour search.
-_ALL_PAIRS = 300
-
+#: Unless all are asked for, so many frames are looked at, spread evenly.
+LIMIT = 20_000
+#: Rows that cannot be used are named up to so many.
+_NAMED = 5
 _SHAPES = {"energy": (), "gap": (), "forces": ("atoms", 3), "charges": ("atoms",), "magmoms": ("atoms",), "dipole": (3,)}
 _HINTS: tuple[tuple[str, str], ...] = (
     (r"virial", "stress"),
@@ -71,13 +60,51 @@ class Key:
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+    """One entry of a group of labels: how many rows have it, and what it is.
+
+    `classes` counts the classes of an integer label by number or name; a number has `minimum`, `mean` and `maximum` in `unit`.
+    """
+
+    name: str
+    unit: str
+    present: int
+    missing: int
+    classes: dict[str, int]
+    minimum: float | None
+    mean: float | None
+    maximum: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelGroup:
+    """Many labels, or inputs, in one field. A row is a frame, or an atom where `level` says so; `rows` counts them."""
+
+    field: str
+    level: str
+    label: bool
+    rows: int
+    labels: list[Label]
+
+
+@dataclasses.dataclass(frozen=True)
 class Description:
-    """What `describe` found. Places are "file: frame N"."""
+    """What `describe` found. Places are "file: frame N".
+
+    Of `frames`, `looked_at` were looked at, and everything counts those; but the labels of tables count `labelled` rows. `problems` are
+    the first rows that cannot be used, `unusable` says how many there are.
+    """
 
     name: str
     note: str
     files: dict[str, int]
     frames: int
+    looked_at: int
+    labelled: int
+    facts: list[Fact]
+    groups: list[LabelGroup]
+    unusable: int
+    problems: list[str]
     atoms: int
     atoms_per_frame: tuple[int, float, int]
     elements: dict[str, dict[str, int]]
@@ -95,232 +122,130 @@ class Description:
         return dataclasses.asdict(self)
 
 
-class _Column:
-    """Values of one quantity over frames."""
-
-    def __init__(self, quantity: str, unit: str) -> None:
-        self.quantity, self.unit = quantity, unit
-        self.values: list[np.ndarray] = []
-        self.frames: list[int] = []
-
-    def add(self, frame: int, values: np.ndarray) -> None:
-        self.values.append(np.atleast_1d(values).ravel())
-        self.frames.append(frame)
-
-
-class _Survey:
-    """One pass over the frames."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self.columns: dict[str, _Column] = {}
-        self.per_atom = _Column("energy per atom", "eV/atom")
-        self.natoms: list[int] = []
-        self.volumes: list[float] = []
-        self.element_atoms: collections.Counter[int] = collections.Counter()
-        self.element_frames: collections.Counter[int] = collections.Counter()
-        self.pbc: collections.Counter[str] = collections.Counter()
-        self.config_types: collections.Counter[str] = collections.Counter()
-        self.info: dict[str, list[Any]] = {}
-        self.arrays: dict[str, list[tuple[int, ...]]] = {}
-        self.compositions: list[dict[int, int]] = []
-        self.hashes: dict[bytes, int] = {}
-        self.duplicates: list[tuple[int, int]] = []
-        self.conflicts: list[tuple[int, int]] = []
-        self.overlaps: list[int] = []
-        self.energies: dict[int, float] = {}
-        for i in range(len(dataset)):
-            self._add(i, dataset.frame(i))
-
-    def place(self, i: int) -> str:
-        file, frame = self.dataset.place(i)
-        return f"{shown(file)}: frame {frame}"
-
-    def _add(self, i: int, frame: Frame) -> None:
-        data = frame.data
-        numbers, counts = np.unique(data.numbers.numpy(), return_counts=True)
-        composition = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-        self.compositions.append(composition)
-        self.element_atoms.update(composition)
-        self.element_frames.update(composition.keys())
-        self.natoms.append(data.num_nodes)
-        pbc = data.pbc[0].tolist()
-        self.pbc["".join("T" if periodic else "F" for periodic in pbc)] += 1
-        if all(pbc) and data.num_nodes:
-            self.volumes.append(abs(float(np.linalg.det(data.cell[0].numpy()))) / data.num_nodes)
-        self.config_types[data.config_type if "config_type" in data else ""] += 1
-        self._add_fields(i, data)
-        self._add_duplicates(i, data)
-        for name, value in frame.info.items():
-            self.info.setdefault(name, []).append(value)
-        for name, values in frame.arrays.items():
-            self.arrays.setdefault(name, []).append(values.shape)
-
-    def _add_fields(self, i: int, data: AtomicData) -> None:
-        for name in data.field_names():
-            field = FIELDS[name]
-            if not (field.label or name in ("charge", "spin")):
-                continue
-            values = data[name].numpy()
-            if field.shape == (3,):
-                values = np.linalg.norm(values, axis=-1)
-            if name not in self.columns:
-                self.columns[name] = _Column(f"|{name}|" if field.shape == (3,) else name, field.unit)
-            self.columns[name].add(i, values)
-            if name == "energy" and data.num_nodes:
-                self.energies[i] = float(values[0])
-                self.per_atom.add(i, values / data.num_nodes)
-        if "pos" in data and data.num_nodes and _overlapping(data):
-            self.overlaps.append(i)
-
-    def _add_duplicates(self, i: int, data: AtomicData) -> None:
-        if "pos" not in data:
-            return
-        key = structure_hash(data)
-        first = self.hashes.setdefault(key, i)
-        if first != i:
-            self.duplicates.append((first, i))
-            if abs(self.energies.get(i, np.nan) - self.energies.get(first, np.nan)) > 1e-3 * data.num_nodes:
-                self.conflicts.append((first, i))
-
-
-def _overlapping(data: AtomicData) -> bool:
-    """Whether two atoms, or an atom and an image of itself, are nearer than `OVERLAP`."""
-    pos, cell, pbc = data.pos.numpy(), data.cell[0].numpy(), data.pbc[0].numpy()
-    vectors = cell[pbc]
-    inverse = np.linalg.inv(vectors) if len(vectors) == 3 else np.linalg.pinv(vectors)
-    spacing = 1 / np.sqrt((inverse**2).sum(0))  # of the lattice planes
-    if data.num_nodes > _ALL_PAIRS or (spacing < 2 * OVERLAP).any():
-        try:
-            return radius_graph(data.pos, data.cell[0], data.pbc[0], GraphSpec(cutoff=OVERLAP)).edge_index.shape[1] > 0
-        except InputError:  # two atoms in one place
-            return True
-    source, target = np.triu_indices(data.num_nodes, 1)
-    between = pos[source] - pos[target]
-    if len(vectors):
-        # With lattice planes this far apart, the nearest image of a near pair is the one that rounding finds.
-        between -= np.rint(between @ inverse) @ vectors
-    return bool(((between**2).sum(1) < OVERLAP**2).any())
-
-
-def structure_hash(data: AtomicData) -> bytes:
-    """The same for structures that differ by less than about 1e-4 Å, or by lattice vectors: numbers, cell, wrapped positions, pbc."""
-    pos, cell, pbc = data.pos.numpy(), data.cell[0].numpy(), data.pbc[0].numpy()
-    grid = 1e4
-    if pbc.all():
-        lengths = np.linalg.norm(cell, axis=1)
-        steps = np.maximum(np.rint(lengths * grid), 1)
-        inside = np.rint(np.linalg.solve(cell.T, pos.T).T * steps) % steps
-    else:
-        inside = np.rint(pos * grid)
-    digest = hashlib.sha256(data.numbers.numpy().tobytes())
-    for part in (np.rint(cell * grid), inside, pbc):
-        digest.update(np.ascontiguousarray(part + 0).astype(np.int64).tobytes())
-    return digest.digest()
-
-
-def energy_outliers(energies: Mapping[int, float], compositions: list[dict[int, int]]) -> dict[int, float]:
-    """Frames whose energy is far from what frames of the same formula, or fitted element references, say; and how far (eV/atom).
-
-    References are fitted by iteratively reweighted least squares (absolute deviations), so that outliers do not draw the fit.
-    """
-    frames = [i for i in energies if compositions[i]]
-    if not frames:
-        return {}
-    elements = sorted({z for i in frames for z in compositions[i]})
-    fractions = np.array([[compositions[i].get(z, 0) for z in elements] for i in frames], dtype=float)
-    natoms = fractions.sum(1)
-    fractions /= natoms[:, None]
-    target = np.array([energies[i] for i in frames]) / natoms
-    found: dict[int, float] = {}
-    if len(frames) >= max(20, 2 * len(elements)):
-        weight = np.ones(len(frames))
-        for _ in range(10):
-            solution = np.linalg.lstsq(fractions * weight[:, None], target * weight, rcond=None)[0]
-            residual = target - fractions @ solution
-            weight = 1 / np.sqrt(np.maximum(np.abs(residual), 1e-3))
-        found |= _far(frames, residual, OUTLIER_ELEMENTS)
-    _, kinds = np.unique(fractions, axis=0, return_inverse=True)
-    for kind in np.flatnonzero(np.bincount(kinds.ravel()) >= _FEW):
-        rows = np.flatnonzero(kinds.ravel() == kind)
-        found |= _far([frames[row] for row in rows], target[rows], OUTLIER_FORMULA)
-    return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
-
-
-def _far(frames: list[int], values: np.ndarray, least: float) -> dict[int, float]:
-    off = values - np.median(values)
-    limit = max(least, OUTLIER_MADS * float(np.median(np.abs(off))))
-    return {frames[k]: float(off[k]) for k in np.flatnonzero(np.abs(off) > limit)}
-
-
 def shown(file: str) -> str:
     """A path below the working directory without it."""
     path, here = Path(file), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
-def describe(dataset: Dataset) -> Description:
-    """Read every frame once and sum up. Raises InputError where a frame cannot be read."""
-    survey = _Survey(dataset)
-    counts: collections.Counter[str] = collections.Counter(shown(dataset.place(i)[0]) for i in range(len(dataset)))
+def chosen(count: int, limit: int | None) -> list[int]:
+    """Numbers of the frames to look at: all, or `limit` of them, spread evenly."""
+    if limit is None or count <= limit:
+        return list(range(count))
+    return np.unique(np.linspace(0, count - 1, limit).round().astype(np.int64)).tolist()
+
+
+def describe(dataset: Dataset, limit: int | None = LIMIT) -> Description:
+    """Read frames once and sum up.
+
+    Args:
+        dataset: what to look at.
+        limit: look at so many frames, spread evenly, where there are more; None looks at every one.
+
+    Raises:
+        InputError: nothing can be read.
+    """
+    from matfound.data.info_tables import is_table, survey_table
+
+    if is_table(dataset):
+        survey, extra = survey_table(dataset, limit)
+    else:
+        survey, extra = Survey(dataset, chosen(len(dataset), limit)), []
+    if not survey.natoms and survey.problems:
+        file, row, problem = survey.problems[0]
+        raise InputError(problem, remedy="no frame that was looked at can be used", file=file, frame=row)
+    files = _files(dataset)
+    table, elements = survey.compositions()
+    atoms = np.bincount(survey.kinds, minlength=len(table))
     first = survey.duplicates[0] if survey.duplicates else None
-    elements = {
-        chemical_symbols[z]: {"atoms": survey.element_atoms[z], "frames": survey.element_frames[z]} for z in sorted(survey.element_atoms)
-    }
+    problems = [*((problem.file, problem.row, problem.reason) for problem in dataset.problems), *survey.problems]
     return Description(
         name=dataset.name,
         note=dataset.note,
-        files=dict(counts),
+        files=files,
         frames=len(dataset),
+        looked_at=len(survey.frames),
+        labelled=survey.labelled,
+        facts=[*extra, *family_facts(survey)],
+        groups=[_group(group) for group in survey.groups.values()],
+        unusable=len(problems),
+        problems=[f"{'' if len(files) == 1 else f'{shown(file)}: '}row {row}: {reason}" for file, row, reason in problems[:_NAMED]],
         atoms=sum(survey.natoms),
         atoms_per_frame=(min(survey.natoms), float(np.median(survey.natoms)), max(survey.natoms)),
-        elements=elements,
+        elements={
+            chemical_symbols[z]: {"atoms": int((table[:, k] * atoms).sum()), "frames": int(atoms[table[:, k] > 0].sum())}
+            for k, z in enumerate(elements.tolist())
+        },
         pbc=dict(survey.pbc.most_common()),
-        volume_per_atom=_spread(survey.volumes),
+        volume_per_atom=(survey.volumes.minimum, survey.volumes.mean, survey.volumes.maximum) if survey.volumes.size else None,
         fields=_ranges(survey),
         config_types={} if set(survey.config_types) == {""} else dict(survey.config_types.most_common()),
         keys=_keys(survey),
         duplicates=len(survey.duplicates),
         first_duplicate=(survey.place(first[0]), survey.place(first[1])) if first else None,
-        warnings=_warnings(survey),
+        warnings=[*_warnings(survey), *family_warnings(survey)],
     )
 
 
-def _spread(values: list[float]) -> tuple[float, float, float] | None:
-    return (min(values), float(np.mean(values)), max(values)) if values else None
+def _files(dataset: Dataset) -> dict[str, int]:
+    """Frames of each file."""
+    sources = getattr(dataset, "sources", None)
+    if sources is not None:
+        pairs = [(source.file, source.size) for source in sources]
+    else:
+        pairs = list(collections.Counter(dataset.place(i)[0] for i in chosen(len(dataset), LIMIT)).items())
+    found: dict[str, int] = {}
+    for file, size in pairs:
+        found[shown(file)] = found.get(shown(file), 0) + size
+    return found
 
 
-def _ranges(survey: _Survey) -> list[Range]:
+def _ranges(survey: Survey) -> list[Range]:
     order = [name for name in FIELDS if name in survey.columns and not (name == "dipole_magnitude" and "dipole" in survey.columns)]
-    ranges = []
+    found = []
     for name in order:
-        ranges.append(_range(survey, name, survey.columns[name]))
+        entries = [survey.columns[name]]
         if name == "energy":
-            ranges.append(_range(survey, name, survey.per_atom))
-    return [entry for entry in ranges if entry is not None]
+            entries.append(survey.per_atom)
+        elif name == "stress":
+            entries += [survey.columns["stress, isotropic"], survey.columns["|stress, anisotropic|"]]
+        found += [_range(survey, name, column) for column in entries if column.size]
+    return found
 
 
-def _range(survey: _Survey, name: str, column: _Column) -> Range | None:
-    values = np.concatenate(column.values) if column.values else np.zeros(0)
-    if not values.size:
-        return None
-    missing = len(survey.natoms) - len(column.frames)
-    have = set(column.frames)
-    first = next((i for i in range(len(survey.natoms)) if i not in have), None)
+def _range(survey: Survey, name: str, column: Column) -> Range:
+    missing = (len(survey.natoms) if column.out_of is None else column.out_of) - column.frames
+    first = column.first_missing
     return Range(
         field=name,
         quantity=column.quantity,
         unit=column.unit,
-        frames=len(column.frames),
+        frames=column.frames,
         missing=missing,
-        first_missing="" if first is None else survey.place(first),
-        minimum=float(values.min()),
-        mean=float(values.mean()),
-        maximum=float(values.max()),
+        first_missing=survey.place(first) if missing and first is not None else "",
+        minimum=column.minimum,
+        mean=column.mean,
+        maximum=column.maximum,
     )
 
 
-def _read_keys(survey: _Survey) -> set[str]:
+def _group(group: GroupColumns) -> LabelGroup:
+    field = group.field
+    names = field.columns or (tuple(str(k) for k in range(field.shape[0])) if field.shape else (field.name,))
+    units = field.column_units or ("",) * len(names)
+    labels = []
+    for k, name in enumerate(names):
+        present = int(group.present[k])
+        classes = {}
+        if field.dtype == "int64":
+            classes = {group.words.get(number, str(number)): int(group.classes[k, number]) for number in range(CLASSES)}
+            classes = {word: count for word, count in classes.items() if count}
+        numbers = (float(group.minimum[k]), float(group.total[k] / present), float(group.maximum[k])) if present else (None,) * 3
+        labels.append(Label(name, units[k], present, group.rows - present, classes, *numbers))
+    return LabelGroup(field.name, field.level, field.label, group.rows, labels)
+
+
+def _read_keys(survey: Survey) -> set[str]:
     """Names that became fields."""
     mapped = survey.dataset.key_map or {}
     names = {"numbers", "positions"}
@@ -336,32 +261,42 @@ def _read_keys(survey: _Survey) -> set[str]:
     return names
 
 
-def _keys(survey: _Survey) -> list[Key]:
+def _keys(survey: Survey) -> list[Key]:
     read = _read_keys(survey)
     keys = []
     for name, values in survey.info.items():
         if name not in read:
             keys.append(Key(name, len(values), _content(values), _hint(survey, name, _shape(values[0]), values[0])))
-    for name, shapes in survey.arrays.items():
+    for name, (count, shape) in survey.arrays.items():
         if name not in read:
-            trailing = ", ".join(["atoms", *map(str, shapes[0][1:])])
-            keys.append(Key(name, len(shapes), f"array ({trailing})", _hint(survey, name, ("atoms", *shapes[0][1:]), None)))
+            trailing = ", ".join(["atoms", *map(str, shape[1:])])
+            keys.append(Key(name, count, f"array ({trailing})", _hint(survey, name, ("atoms", *shape[1:]), None)))
     return keys
 
 
 def _content(values: list[Any]) -> str:
     """A few words on the values of a key."""
     if all(isinstance(value, bool | np.bool_) for value in values):
-        return f"yes or no: {sum(map(bool, values))} yes"
+        return f"yes or no: {sum(map(bool, values)):,} yes"
     if all(isinstance(value, int | float | np.number) for value in values):
         low, high = min(values), max(values)
         return f"number {low:.6g}" if low == high else f"number {low:.6g} to {high:.6g}"
     if all(isinstance(value, str) for value in values):
-        different = list(dict.fromkeys(values))
-        shown = ", ".join(value[:24] for value in different[:3]) + (", …" if len(different) > 3 else "")
-        return f"text, {len(different)} different: {shown}" if len(different) > 1 else f"text: {shown}"
+        return _texts(collections.Counter(values))
     shape = _shape(values[0])
     return f"array {shape}" if shape else type(values[0]).__name__
+
+
+def _texts(values: collections.Counter[str]) -> str:
+    def short(value: str) -> str:
+        line = " ".join(value[:60].split())
+        return line if len(line) <= 24 else line[:24]
+
+    if len(values) == 1:
+        return f"text: {short(next(iter(values)))}"
+    if len(values) <= 8 and max(values.values()) > 1:
+        return "text: " + ", ".join(f"{short(value)} {count:,}" for value, count in values.most_common())
+    return f"text, {len(values):,} different: " + ", ".join(map(short, list(values)[:3])) + (", …" if len(values) > 3 else "")
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -371,7 +306,7 @@ def _shape(value: Any) -> tuple[int, ...]:
         return ()
 
 
-def _hint(survey: _Survey, name: str, shape: tuple[Any, ...], value: Any) -> str:
+def _hint(survey: Survey, name: str, shape: tuple[Any, ...], value: Any) -> str:
     """How to read a key that looks like a label that the dataset does not have."""
     if isinstance(value, str | bool | np.bool_) or re.search(r"^initial_|per_?atom", name.lower()):
         return ""
@@ -388,16 +323,13 @@ def _hint(survey: _Survey, name: str, shape: tuple[Any, ...], value: Any) -> str
     return f"--key {target}={name}"
 
 
-def _warnings(survey: _Survey) -> list[str]:
+def _warnings(survey: Survey) -> list[str]:
     found = []
-    forces = survey.columns.get("forces")
-    if forces is not None:
-        peaks = [(float(values.max()), i) for values, i in zip(forces.values, forces.frames, strict=True) if values.size]
-        large = [entry for entry in peaks if entry[0] > LARGE_FORCE]
-        if large:
-            top, i = max(large)
-            found.append(f"{_frames(len(large))} with forces above {LARGE_FORCE:g} eV/Å; the largest, {top:.4g} eV/Å: {survey.place(i)}")
-    outliers = energy_outliers(survey.energies, survey.compositions)
+    if survey.large_forces:
+        top, i = survey.largest_force
+        worst = f"the largest, {top:.4g} eV/Å: {survey.place(i)}"
+        found.append(f"{_frames(survey.large_forces)} with forces above {LARGE_FORCE:g} eV/Å; {worst}")
+    outliers = _outliers(survey)
     if outliers:
         i, off = next(iter(outliers.items()))
         worst = f"the worst, {off:+.4g} eV/atom: {survey.place(i)}"
@@ -414,13 +346,21 @@ def _warnings(survey: _Survey) -> list[str]:
     return found
 
 
-def _constants(survey: _Survey) -> Iterable[str]:
+def _outliers(survey: Survey) -> dict[int, float]:
+    if not survey.energy_frames:
+        return {}
+    frames, energies = np.concatenate(survey.energy_frames), np.concatenate(survey.energy_values)
+    rows = dict(zip(survey.numbers, survey.kinds.tolist(), strict=True))
+    return energy_outliers(frames, energies, np.array([rows[i] for i in frames.tolist()], np.int64), survey.compositions()[0])
+
+
+def _constants(survey: Survey) -> Iterable[str]:
     for name, column in survey.columns.items():
-        field: Field = FIELDS[name]
-        values = np.concatenate(column.values)
-        same = values.size > 0 and (values == values[0]).all()
-        if field.label and len(column.frames) > 1 and len(values) > len(column.frames) * (field.level == "atom") and same:
-            yield f"'{name}' is {values[0]:g} everywhere in {len(column.frames)} frames: a placeholder?"
+        field = FIELDS.get(name)
+        if field is None or not field.label or not column.size or column.minimum != column.maximum:
+            continue
+        if column.frames > 1 and column.size > column.frames * (field.level == "atom"):
+            yield f"'{name}' is {column.minimum:g} everywhere in {column.frames} frames: a placeholder?"
 
 
 def _frames(count: int) -> str:

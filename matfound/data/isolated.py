@@ -6,7 +6,7 @@ from typing import Any
 
 from ase.data import atomic_numbers, chemical_symbols
 
-from matfound.data.dataset import Dataset, labels, missing_labels
+from matfound.data.dataset import Dataset
 from matfound.data.open import open_dataset
 from matfound.errors import InputError, nearest
 from matfound.structures.atomic_data import AtomicData
@@ -90,27 +90,3 @@ def merged(*sources: tuple[str, dict[str, float]]) -> dict[str, float]:
             if abs(known - energy) > TOLERANCE:
                 raise InputError(f"the isolated {symbol} atom has {known:.6f} eV by {other}, {energy:.6f} eV by {name}", remedy="keep one")
     return {symbol: energy for symbol, (_, energy) in found.items()}
-
-
-def check_labels(dataset: Dataset, frames: Sequence[int]) -> None:
-    """Refuse a label that only some of the chosen frames of one file have; frames that are not chosen do not matter.
-
-    Raises:
-        InputError: names file, frame and label.
-    """
-    by_file: dict[str, list[int]] = {}
-    for i in frames:
-        by_file.setdefault(dataset.place(i)[0], []).append(i)
-    for file, mine in by_file.items():
-        found = [dataset.get(i) for i in mine]
-        some = frozenset[str]().union(*(labels(sample) for sample in found))
-        for i, sample in zip(mine, found, strict=True):
-            if lacking := missing_labels(sample, some):
-                label = min(lacking)
-                count = sum(label in labels(other) for other in found)
-                raise InputError(
-                    f"label '{label}' is missing, but {count} of {len(mine)} frames of the file have it",
-                    remedy="repair the frame, or say that it is meant: --allow-missing",
-                    file=file,
-                    frame=dataset.place(i)[1],
-                )

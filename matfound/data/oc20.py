@@ -7,15 +7,14 @@ doi:10.1021/acscatal.0c04525).
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ase
-
 from matfound import catalog
-from matfound.data.dataset import Frame, SlicedSource, Source, SourceDataset, as_key_map, to_frame
-from matfound.data.extxyz import open_text, read_frames
+from matfound.data.dataset import Frame, SlicedSource, Source, SourceDataset, as_key_map
+from matfound.data.extxyz import open_text
+from matfound.data.extxyz_stream import StreamSource
 from matfound.data.files import as_slice
 from matfound.errors import InputError
 from matfound.structures.keys import KeyMap
@@ -33,47 +32,58 @@ class _Line(NamedTuple):
 
 
 class ArchiveSource(Source):
-    """One archive: its text file is read at once, its structures when the first one is asked for."""
+    """One archive. Its text file is read at once; its structures stay in memory from when one is asked for until they are released.
+
+    A scan keeps nothing in memory.
+    """
 
     def __init__(self, structures: Path, references: Path, keys: KeyMap | None, total_energy: bool) -> None:
         self.file, self._references = str(structures), str(references)
         self._keys, self._total_energy = keys, total_energy
         self._lines = _read_lines(references)
         self.size = len(self._lines)
-        self._frames: list[Frame] | None = None
+        self._structures: StreamSource | None = None
+        self._frames: list[Frame | InputError] | None = None
 
     def frame(self, i: int) -> Frame:
         if self._frames is None:
-            self._frames = self._read()
-        return self._frames[i]
+            self._frames = [found for _, found in self.scan(0, self.size)]
+        found = self._frames[i]
+        if isinstance(found, InputError):
+            raise found
+        return found
 
-    def _read(self) -> list[Frame]:
-        frames = []
-        for index, atoms in read_frames(self.file):
-            if index >= self.size:
-                raise self._mismatch(f"more than {index}")
-            frames.append(self._convert(atoms, index))
-        if len(frames) != self.size:
-            raise self._mismatch(str(len(frames)))
-        return frames
+    def scan(self, start: int, stop: int) -> Iterator[tuple[int, Frame | InputError]]:
+        if self._frames is not None:
+            yield from enumerate(self._frames[start:stop], start)
+            return
+        if self._structures is None:
+            self._structures = StreamSource(self.file, slice(None), self._keys)
+        if self._structures.size != self.size:
+            count = f"more than {self.size}" if self._structures.size > self.size else str(self._structures.size)
+            raise InputError(
+                f"{count} frames, but {self._references} has {self.size} lines",
+                remedy="fetch both files again: line i belongs to frame i",
+                file=self.file,
+            )
+        for i, found in self._structures.scan(start, stop):
+            try:
+                yield i, found if isinstance(found, InputError) else self._complete(found, i)
+            except InputError as error:
+                yield i, error
 
-    def _mismatch(self, frames: str) -> InputError:
-        return InputError(
-            f"{frames} frames, but {self._references} has {self.size} lines",
-            remedy="fetch both files again: line i belongs to frame i",
-            file=self.file,
-        )
-
-    def _convert(self, atoms: ase.Atoms, index: int) -> Frame:
-        line = self._lines[index]
-        atoms.info.update(sid=line.sid, fid=line.fid, reference_energy=line.reference)
-        frame = to_frame(atoms, self._keys, self.file, index)
+    def _complete(self, frame: Frame, i: int) -> Frame:
+        """The frame with what its line in the text file says."""
+        line = self._lines[i]
         frame.data.id = line.id
         if not self._total_energy:
             if "energy" not in frame.data:
-                raise InputError("no energy to subtract the reference from", remedy="fetch the file again", file=self.file, frame=index)
+                raise InputError("no energy to subtract the reference from", remedy="fetch the file again", file=self.file, frame=i)
             frame.data.energy = frame.data.energy - line.reference
-        return frame
+        return frame._replace(info={**frame.info, "sid": line.sid, "fid": line.fid, "reference_energy": line.reference})
+
+    def release(self) -> None:
+        self._frames = None
 
 
 def _read_lines(path: Path) -> list[_Line]:

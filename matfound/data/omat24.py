@@ -1,135 +1,160 @@
-"""OMat24's files: ASE databases in LMDB (`.aselmdb`, package ase-db-backends), one or many in a folder with `metadata.npz`.
+"""ASE databases in LMDB (`.aselmdb`, package ase-db-backends): OMat24, sAlex, MPtrj and the newer builds of OC20.
 
-(Barroso-Luque et al., arXiv:2410.12771.) The files are opened read-only and without lock files, so that a folder that cannot be
-written to works.
+One file, or many in a folder with `metadata.npz` (Barroso-Luque et al., arXiv:2410.12771). A row is compressed JSON; usual ones are read
+without ASE, to the same result in a quarter of the time, and all others through ASE.
 """
 
+import math
 import os
-import weakref
-import zipfile
+import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ase.db
-import lmdb
 import numpy as np
+import orjson
+from ase.calculators.calculator import all_properties
+from ase.db.row import AtomsRow
+from ase.io.jsonio import decode
 
 from matfound import catalog
-from matfound.data.dataset import Frame, SlicedSource, Source, SourceDataset, as_key_map, to_frame
+from matfound.data.dataset import Frame, SlicedSource, SourceDataset, as_key_map, to_frame
 from matfound.data.files import READ_ERRORS, as_slice, reason, row_atoms
+from matfound.data.lmdb_files import REMEDY, LmdbSource, add_counts, files_of
 from matfound.errors import InputError
-from matfound.structures.keys import KeyMap
+from matfound.structures.ase import Parts
 
-_REMEDY = "fetch the file again"
-
-
-class _Handle:
-    """An open database; lmdb forbids to open a file twice in a process, so everybody in it shares one."""
-
-    def __init__(self, file: str) -> None:
-        self.pid = os.getpid()
-        _check_length(file)
-        self.db = ase.db.connect(file, type="aselmdb", use_lock_file=False, readonly=True, readahead=False)
-
-    def release(self) -> None:
-        """Let go of what a fork inherited, so that the child can open the file itself."""
-        self.db._env.close()
-        self.db._env_pid = os.getpid()  # or its destructor would open the file again, to close it
+#: More than a row can have, decompressed.
+_LARGEST = 1 << 30
+#: What a row may say for its atoms to be read without ASE.
+_USUAL = {
+    "numbers", "positions", "cell", "pbc", "tags", "constraints", "energy", "free_energy", "forces", "stress", "key_value_pairs", "data",
+    "unique_id", "ctime", "mtime", "user", "calculator", "calculator_parameters",
+}  # fmt: skip
+_RESERVED = _USUAL | set(all_properties)
+_NATOMS = re.compile(rb'"numbers": ?\{"__ndarray__": ?\[\[(\d+)\]')
 
 
-_handles: "weakref.WeakValueDictionary[str, _Handle]" = weakref.WeakValueDictionary()
+class AseLmdbSource(LmdbSource):
+    """One `.aselmdb` file: rows under the keys "1", "2", … up to "nextid", but for those in "deleted_ids"."""
 
-
-def _release_inherited() -> None:
-    for handle in list(_handles.values()):
-        handle.release()
-    _handles.clear()
-
-
-os.register_at_fork(after_in_child=_release_inherited)
-
-
-def _open(file: str) -> _Handle:
-    key = os.path.realpath(file)
-    handle = _handles.get(key)
-    if handle is None:
-        _handles[key] = handle = _Handle(file)
-    return handle
-
-
-def _check_length(file: str) -> None:
-    """Refuse a file that is shorter than its own table says: reading past its end through the memory map would kill the process."""
-    with lmdb.open(file, subdir=False, readonly=True, lock=False, create=False) as env:
-        expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    actual = os.path.getsize(file)
-    if actual < expected:
-        raise InputError(f"the file is cut off: {actual} bytes, expected at least {expected}", remedy=_REMEDY, file=file)
-
-
-class AseLmdbSource(Source):
-    """One `.aselmdb` file, opened when it is first used and again in every worker process."""
-
-    def __init__(self, file: str, keys: KeyMap | None) -> None:
-        self.file, self._keys = file, keys
-        self._handle: _Handle | None = None
-        #: Atoms of each frame as metadata.npz has them.
-        self.expected: list[int] | None = None
-        self.size = len(self._ids())
-
-    def _ids(self) -> list[int]:
-        return self._read(lambda db: list(db.ids))
-
-    def _read(self, what: Callable[[Any], Any], frame: int | None = None) -> Any:
+    def _count(self) -> int:
         try:
-            if self._handle is None or self._handle.pid != os.getpid():
-                self._handle = _open(self.file)
-            return what(self._handle.db)
-        except InputError:
-            raise
-        except (*READ_ERRORS, lmdb.Error) as error:
-            place = "a row cannot be read" if frame is not None else "not a readable .aselmdb database"
-            raise InputError(f"{place}: {reason(error)}", remedy=_REMEDY, file=self.file, frame=frame) from error
+            following, deleted = self._setting(b"nextid", 1), self._setting(b"deleted_ids", [])
+            gone = np.unique(np.asarray(deleted, np.int64).reshape(-1))
+        except READ_ERRORS as error:
+            raise InputError(f"not a readable .aselmdb database: {reason(error)}", remedy=REMEDY, file=self.file) from error
+        gone = gone[(gone > 0) & (gone < following)]
+        rows = int(following) - 1 - len(gone)
+        if rows > 2 * self.database().entries:
+            raise InputError(f"'nextid' promises {rows} rows, but the file has {self.database().entries}", remedy=REMEDY, file=self.file)
+        self._ids = np.setdiff1d(np.arange(1, following), gone, assume_unique=True) if len(gone) else range(1, following)
+        return rows
 
-    def frame(self, i: int) -> Frame:
-        atoms = self._read(lambda db: row_atoms(db._get_row_by_index(i)), i)
-        path = Path(self.file)  # shards of every subset have the same names
-        frame = to_frame(atoms, self._keys, self.file, i, label=f"{path.resolve().parent.name}/{path.name}")
-        if self.expected is not None and self.expected[i] != frame.data.num_nodes:
-            raise InputError(
-                f"{frame.data.num_nodes} atoms, but metadata.npz says {self.expected[i]}", remedy=_REMEDY, file=self.file, frame=i
-            )
-        return frame
+    def _setting(self, name: bytes, default: Any) -> Any:
+        stored = self.database().get(name)
+        return default if stored is None else decode(_decompressed(stored).decode("utf-8"))
 
-    def natoms(self, i: int) -> int:
-        return self.expected[i] if self.expected is not None else super().natoms(i)
+    def _key(self, i: int) -> bytes:
+        return b"%d" % self._ids[i]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+    def _glance(self, row: bytes) -> int | None:
+        try:
+            found = _NATOMS.search(zlib.decompressobj().decompress(row, 512))
+        except zlib.error:
+            return None
+        return None if found is None else int(found[1])
+
+    def _convert(self, row: bytes, i: int) -> Frame:
+        try:
+            content = _decompressed(row)
+            parts = _quick(content) or row_atoms(_ase_row(content))
+            return to_frame(parts, self._keys, self.file, i, label=self._label)
+        except InputError as error:
+            raise error.at(self.file, i) from error
+        except READ_ERRORS as error:
+            raise InputError(f"a row cannot be read: {reason(error)}", remedy=REMEDY, file=self.file, frame=i) from error
 
 
-def _read_metadata(path: Path, frames: int) -> list[int]:
-    """Atoms of each frame.
+def _decompressed(stored: bytes) -> bytes:
+    decompressor = zlib.decompressobj()
+    content = decompressor.decompress(stored, _LARGEST)
+    if not decompressor.eof:
+        raise ValueError("its compressed data is cut off, or endless")
+    return content
 
-    Raises:
-        InputError: damaged, without `natoms`, or not as long as the databases beside it.
-    """
+
+def _ase_row(content: bytes) -> AtomsRow:
+    """The row as ASE's own backend makes it."""
+    values = decode(content.decode("utf-8"))
+    for name in all_properties:
+        if isinstance(values.get(name), list):
+            values[name] = np.array(values[name])
+    return AtomsRow(values)
+
+
+def _quick(content: bytes) -> Parts | None:
+    """A row as far as it is a usual one; None where it is not, or no JSON."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"not a readable npz file: {error}", remedy=_REMEDY, file=path) from error
-    if "natoms" not in arrays:
-        raise InputError(f"no array 'natoms', it has {sorted(arrays)}", remedy=_REMEDY, file=path)
-    for name in ("natoms", "neighbors"):
-        if name in arrays and arrays[name].shape != (frames,):
-            raise InputError(
-                f"'{name}' has shape {arrays[name].shape}, but the databases beside it have {frames} frames",
-                remedy="fetch the folder again, or remove the file",
-                file=path,
-            )
-    return [int(count) for count in arrays["natoms"]]
+        values = orjson.loads(content)
+        return _parts(values) if isinstance(values, dict) and _USUAL.issuperset(values) else None
+    except (orjson.JSONDecodeError, ValueError, TypeError, KeyError, OverflowError):
+        return None
+
+
+def _parts(values: dict[str, Any]) -> Parts | None:
+    numbers = _array(values["numbers"], "int64")
+    count = len(numbers)
+    structure = (
+        _array(values["positions"], "float64", (count, 3)),
+        _array(values["cell"], "float64", (3, 3)),
+        _array(values["pbc"], "bool", (3,)),
+    )
+    arrays = {"tags": _array(values["tags"], "int64", (count,))} if "tags" in values else {}
+    results: dict[str, Any] = {name: values[name] for name in ("energy", "free_energy") if values.get(name) is not None}
+    if values.get("forces") is not None:
+        results["forces"] = _array(values["forces"], "float64", (count, 3))
+    if values.get("stress") is not None:
+        results["stress"] = _array(values["stress"], "float64", (6,))
+    pairs, data = values.get("key_value_pairs", {}), values.get("data", {})
+    fixed = _fixed(values.get("constraints", []))
+    # What ASE would change on the way: lists of numbers become arrays, keys that look like numbers become numbers, a pair may hide a label.
+    plain = all(type(value) in (str, int, float, bool) for value in (*pairs.values(), *data.values()))
+    if not count or fixed is None or not plain or any(map(_like_number, (*data, *pairs))) or not _RESERVED.isdisjoint(pairs):
+        return None
+    return Parts(numbers, *structure, fixed if fixed.size else None, {**pairs, **data, **pairs}, arrays, results)
+
+
+def _array(stored: dict[str, Any], dtype: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """ASE's `{"__ndarray__": [shape, dtype, numbers]}`. Raises ValueError where it is another array."""
+    (found, kind, numbers) = stored["__ndarray__"]
+    if kind != dtype or (shape is not None and tuple(found) != shape):
+        raise ValueError("an array of another type or shape")
+    array = np.array(numbers, dtype)
+    if array.shape != (math.prod(found),) or len(found) == 0:
+        raise ValueError("an array with too few or too many numbers")
+    return array.reshape(found)
+
+
+def _like_number(name: str) -> bool:
+    try:
+        int(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _fixed(constraints: Any) -> np.ndarray | None:
+    """Atoms that one FixAtoms holds; empty without constraints, None for any others."""
+    if constraints == []:
+        return np.empty(0, np.int64)
+    if not isinstance(constraints, list) or len(constraints) != 1 or not isinstance(constraints[0], dict):
+        return None
+    name, options = constraints[0].get("name"), constraints[0].get("kwargs")
+    if name != "FixAtoms" or not isinstance(options, dict) or set(options) != {"indices"}:
+        return None
+    indices = np.asarray(options["indices"])
+    return indices if indices.dtype == np.int64 and indices.ndim == 1 and len(indices) and indices.min() >= 0 else None
 
 
 class AseLmdbDataset(SourceDataset):
@@ -159,24 +184,9 @@ class AseLmdbDataset(SourceDataset):
         mapped = as_key_map(keys)
         sources: list[AseLmdbSource] = []
         for entry in [path] if isinstance(path, str | os.PathLike) else path:
-            sources += _open_all(catalog.resolve(entry), mapped)
+            resolved = catalog.resolve(entry)
+            found = [AseLmdbSource(str(file), mapped) for file in files_of(resolved, ".aselmdb")]
+            add_counts(found, resolved, ".aselmdb")
+            sources += found
         wanted = as_slice(index)
         super().__init__(sources if index is None else [SlicedSource(source, wanted) for source in sources], name, mapped, allow_missing)
-
-
-def _open_all(path: Path, keys: KeyMap | None) -> list[AseLmdbSource]:
-    folder = path if path.is_dir() else path.parent
-    shards = sorted(folder.glob("*.aselmdb"))
-    if path.is_dir() and not shards:
-        raise InputError("no .aselmdb files in this folder", remedy="name the folder that has them", file=path)
-    wanted = shards if path.is_dir() else [path]
-    for file in wanted:
-        if file.stat().st_size == 0:
-            raise InputError("the file is empty", remedy=_REMEDY, file=file)
-    sources = [AseLmdbSource(str(file), keys) for file in wanted]
-    metadata = folder / "metadata.npz"
-    if metadata.is_file() and len(wanted) == len(shards):
-        counts = _read_metadata(metadata, sum(source.size for source in sources))
-        for source in sources:
-            source.expected, counts = counts[: source.size], counts[source.size :]
-    return sources

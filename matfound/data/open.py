@@ -58,6 +58,8 @@ def open_dataset(
     if len(given) == 1:
         if (members := _from_catalog(given[0])) is not None:
             return _reader("files", [os.fspath(path) for path in members], {"name": name or given[0], **options})
+        if (found := fetched(given[0])) is not None:
+            return _reader(found[0], [os.fspath(path) for path in found[1]], {"name": name or given[0], **options})
         if not any(mark in given[0] for mark in "*?[") and "://" not in given[0]:
             given = [os.fspath(catalog.resolve(given[0]))]
     kinds = {kind_of_path(path) for path in given}
@@ -78,7 +80,7 @@ def _reader(kind: str, paths: list[str], options: dict[str, Any]) -> Dataset:
 
 
 def _from_catalog(name: str) -> list[Path] | None:
-    """Files of a set or a dataset of the catalog; None where the name is a path."""
+    """Files of a set or a dataset of the catalog; None where the name is a path, or a split that must be fetched."""
     if "/" in name or Path(name).exists():
         card = Path(name) / "manifest.yaml"
         if not card.is_file():
@@ -86,8 +88,27 @@ def _from_catalog(name: str) -> list[Path] | None:
         return [Path(name) / file.path for file in catalog.read(card, catalog.DatasetCard).files]
     if name in catalog.names("datasets"):
         card = catalog.find("datasets", name)
-        return [card.parent / file.path for file in catalog.read(card, catalog.DatasetCard).files]
+        read = catalog.read(card, catalog.DatasetCard)
+        if not read.files:
+            splits = ", ".join(f"{name}/{split}" for split in read.downloads)
+            raise InputError(f"dataset '{name}' is not part of matfound", remedy=f"fetch a split and name it: {splits}")
+        return [card.parent / file.path for file in read.files]
     return catalog.training_sets().get(name)
+
+
+def fetched(name: str) -> tuple[str, list[Path]] | None:
+    """Kind and paths of a split that was fetched, by its name: "oc20/val-id", "oc20/is2re/all/train"; None where the name is a path.
+
+    Raises:
+        InputError: no such split, or it has not been fetched.
+    """
+    dataset, _, rest = name.partition("/")
+    if not rest or Path(name).exists() or dataset not in catalog.names("datasets") or not catalog.dataset(dataset).downloads:
+        return None
+    from matfound.data import download
+
+    split, _, below = rest.partition("/")
+    return download.find(dataset, split, below)
 
 
 def kind_of_path(path: str) -> str:

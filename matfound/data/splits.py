@@ -1,24 +1,28 @@
 """Which frames train, validate and test.
 
-A split is made by a seeded function here, and stored by frame id, so that it survives reordered and concatenated files. All
-shuffles sort the raw 64-bit stream of numpy's PCG64, which numpy guarantees never to change (unlike `Generator.permutation`).
+A split is made by a seeded function here, and stored by frame id or by upstream's rows, so that it survives reordered and concatenated
+files; `matfound.data.split_files` reads and writes it. All shuffles sort the raw 64-bit stream of numpy's PCG64, which numpy guarantees
+never to change (unlike `Generator.permutation`).
 """
 
-import json
 import os
 import zlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from matfound.data.split_files import NamedSplit, RowSplit, load_split, save_split
+from matfound.data.split_rows import rows, select_rows
 from matfound.errors import InputError, nearest
+
+__all__ = [
+    "NamedSplit", "RowSplit", "Split", "held_out_split", "key_values", "load_split", "named", "random_split", "rows", "save_split",
+    "select", "split_by_key", "stratified_split",
+]  # fmt: skip
 
 #: Frame indices of each part: {"train": [...], "val": [...], "test": [...]}.
 Split = dict[str, list[int]]
-#: Frame ids of each part, for each dataset name: what a split file holds.
-NamedSplit = dict[str, dict[str, list[str]]]
 
 
 @runtime_checkable
@@ -28,9 +32,9 @@ class _HasIds(Protocol):
     def keys(self, name: str, /) -> Sequence[object]: ...
 
 
-def _shuffled(items: Sequence[int], seed: int, salt: str = "") -> list[int]:
+def _shuffled(items: np.ndarray, seed: int, salt: str = "") -> np.ndarray:
     stream = np.random.PCG64([seed, zlib.crc32(salt.encode())]).random_raw(len(items))
-    return [items[i] for i in np.argsort(stream, kind="stable")]
+    return items[np.argsort(stream, kind="stable")]
 
 
 def _check_fractions(fractions: Mapping[str, float]) -> None:
@@ -42,12 +46,15 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
         )
 
 
-def _groups(values: Sequence[Hashable]) -> dict[str, list[int]]:
-    """Frame indices of each value, in the order of the values' names."""
-    groups: dict[str, list[int]] = {}
-    for i, value in enumerate(values):
-        groups.setdefault(str(value), []).append(i)
-    return dict(sorted(groups.items()))
+def _groups(values: Sequence[Hashable]) -> tuple[list[str], list[np.ndarray]]:
+    """The different values in the order of their names, and the frames of each."""
+    known: dict[str, int] = {}
+    codes = np.fromiter((known.setdefault(value, len(known)) for value in map(str, values)), np.int64, len(values))
+    names = sorted(known)
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(known)))
+    frames = np.split(order, ends[:-1]) if known else []
+    return names, [frames[known[name]] for name in names]
 
 
 def random_split(n: int, fractions: Mapping[str, float], seed: int) -> Split:
@@ -70,13 +77,13 @@ def random_split(n: int, fractions: Mapping[str, float], seed: int) -> Split:
         sizes[part] = 1
         if sum(sizes.values()) > n:
             sizes[max(sizes, key=lambda other: sizes[other])] -= 1
-    return _cut(_shuffled(range(n), seed), sizes)
+    return _cut(_shuffled(np.arange(n), seed), sizes)
 
 
-def _cut(order: Sequence[int], sizes: Mapping[str, int]) -> Split:
+def _cut(order: np.ndarray, sizes: Mapping[str, int]) -> Split:
     split, start = {}, 0
     for part, size in sizes.items():
-        split[part] = sorted(order[start : start + size])
+        split[part] = np.sort(order[start : start + size]).tolist()
         start += size
     return split
 
@@ -92,23 +99,25 @@ def split_by_key(values: Sequence[Hashable], fractions: Mapping[str, float], see
     _check_fractions(fractions)
     if sum(fractions.values()) < 1 - 1e-9:
         raise InputError(f"a split by key uses every frame: the fractions {dict(fractions)} must sum to 1")
-    groups = list(_groups(values).values())
+    _, groups = _groups(values)
     if len(groups) < len(fractions):
         raise InputError(
             f"{len(groups)} different values of the key cannot be split into {len(fractions)} parts",
             remedy="choose another key, or name fewer parts",
         )
+    parts = list(fractions)
     missing = {part: fraction * len(values) for part, fraction in fractions.items()}
-    split: Split = {part: [] for part in fractions}
-    order = _shuffled(range(len(groups)), seed)
+    empty = set(parts)
+    owner = np.empty(len(values), np.int64)
+    order = _shuffled(np.arange(len(groups)), seed).tolist()
     for place, group in enumerate(order):
-        empty = [part for part in split if not split[part]]
         # The last groups are for parts that would otherwise stay empty.
-        candidates = empty if len(empty) >= len(order) - place else list(split)
-        part = max(candidates, key=lambda part: missing[part])
-        split[part] += groups[group]
+        candidates = [part for part in parts if part in empty] if len(empty) >= len(order) - place else parts
+        part = max(candidates, key=missing.__getitem__)
+        owner[groups[group]] = parts.index(part)
         missing[part] -= len(groups[group])
-    return {part: sorted(frames) for part, frames in split.items()}
+        empty.discard(part)
+    return {part: np.flatnonzero(owner == k).tolist() for k, part in enumerate(parts)}
 
 
 def stratified_split(values: Sequence[Hashable], fractions: Mapping[str, float], seed: int) -> Split:
@@ -125,7 +134,7 @@ def stratified_split(values: Sequence[Hashable], fractions: Mapping[str, float],
     owed = dict.fromkeys(fractions, 0.0)
     unused = 1 - sum(fractions.values())
     owed_unused = 0.0
-    for name, group in _groups(values).items():
+    for name, group in zip(*_groups(values), strict=True):
         owed = {part: owed[part] + fractions[part] * len(group) for part in fractions}
         owed_unused += unused * len(group)
         sizes = {part: int(fractions[part] * len(group) + 1e-9) for part in fractions}
@@ -152,13 +161,26 @@ def held_out_split(values: Sequence[Hashable], seed: int, *, test: float = 0.2, 
     """
     _check_fractions({"test": test})
     split: Split = {"train": [], "val": [], "test": []}
-    for name, group in _groups(values).items():
+    for name, group in zip(*_groups(values), strict=True):
         tested = max(1, int(len(group) * test + 0.5))
         validated = int(len(group) >= val_from and len(group) > tested)
         sizes = {"test": tested, "val": validated, "train": len(group) - tested - validated}
         for part, frames in _cut(_shuffled(group, seed, name), sizes).items():
             split[part] += frames
     return {part: sorted(frames) for part, frames in split.items()}
+
+
+def key_values(dataset: _HasIds, key: str) -> list[str]:
+    """A value of each frame to split by: what `Dataset.keys` gives, or "scaffold" (see `matfound.data.scaffolds`).
+
+    Raises:
+        InputError: as `Dataset.keys`; for scaffolds, a frame that is no molecule.
+    """
+    if key == "scaffold":
+        from matfound.data.scaffolds import scaffolds
+
+        return scaffolds(dataset)
+    return [str(value) for value in dataset.keys(key)]
 
 
 def named(split: Split, dataset: _HasIds, key: str = "id") -> dict[str, list[str]]:
@@ -174,57 +196,28 @@ def select(split: NamedSplit, dataset: _HasIds, *, file: str | os.PathLike[str] 
         split: of `load_split`.
         dataset: whose frames to find.
         file: for messages.
-        key: what the split calls frames by.
+        key: what the split calls frames by, unless it is by rows. A row that the dataset left out as unusable is left out of the split
+            too, and their number is logged.
 
     Raises:
         InputError: the split has no such dataset, or the dataset lacks one of its frames, or has it twice.
     """
-    if dataset.name not in split:
+    stored = split.get(dataset.name, split.get(""))
+    if stored is None:
         raise InputError(f"no split for the dataset '{dataset.name}'", remedy=nearest(dataset.name, split), file=file)
+    if isinstance(stored, RowSplit):
+        return select_rows(stored, dataset, file)
     places: dict[str, int] = {}
-    wanted = {frame for frames in split[dataset.name].values() for frame in frames}
+    wanted = {frame for frames in stored.values() for frame in frames}
     for i, value in enumerate(dataset.keys(key)):
         if str(value) in wanted and places.setdefault(str(value), i) != i:
             raise InputError(f"dataset '{dataset.name}' has the frame {key} '{value}' twice", remedy="give every frame its own frame_id")
-    missing = [frame for frames in split[dataset.name].values() for frame in frames if frame not in places]
+    missing = [(part, frame) for part, frames in stored.items() for frame in frames if frame not in places]
     if missing:
+        part, frame = missing[0]
         raise InputError(
-            f"{len(missing)} frames of the split are not in the dataset '{dataset.name}', the first is '{missing[0]}'",
+            f"{len(missing)} frames of the split are not in the dataset '{dataset.name}', the first is '{frame}' of '{part}'",
             remedy="read the files that the split was made for",
             file=file,
         )
-    return {part: [places[frame] for frame in frames] for part, frames in split[dataset.name].items()}
-
-
-def load_split(file: str | os.PathLike[str]) -> NamedSplit:
-    """Read a split file: JSON, {dataset name: {part: [frame ids]}}. `select` turns it into frame indices.
-
-    Raises:
-        InputError: no such file, not of this form, or a frame in two parts of a dataset.
-    """
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the split: {error.strerror}", file=file) from error
-    except ValueError as error:
-        raise InputError(f"not a JSON file: {error}", file=file) from error
-    if not isinstance(content, dict) or not all(isinstance(parts, dict) for parts in content.values()):
-        raise InputError("expected {dataset name: {part: [frame ids]}}", file=file)
-    for dataset, parts in content.items():
-        seen: dict[str, str] = {}
-        for part, frames in parts.items():
-            if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
-                raise InputError(f"part '{part}' of '{dataset}' is not a list of frame ids", file=file)
-            for frame in frames:
-                if frame in seen:
-                    raise InputError(f"frame '{frame}' of '{dataset}' is in '{seen[frame]}' and in '{part}'", file=file)
-                seen[frame] = part
-    return content
-
-
-def save_split(split: Mapping[str, Mapping[str, Iterable[str]]], file: str | os.PathLike[str]) -> None:
-    """Write a split file for `load_split`, atomically."""
-    content = {dataset: {part: list(frames) for part, frames in parts.items()} for dataset, parts in split.items()}
-    partial = Path(f"{os.fspath(file)}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    return {part: [places[frame] for frame in frames] for part, frames in stored.items()}

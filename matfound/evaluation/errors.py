@@ -1,7 +1,9 @@
 """`matfound evaluate errors`: a model against the labels of any readable file."""
 
 import copy
+import csv
 import heapq
+import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ from matfound.errors import InputError
 from matfound.fields import FIELDS
 from matfound.inference.predict import MAX_ATOMS, predict
 from matfound.models.base import Potential
-from matfound.report.errors import CONVENTIONS, ErrorTable, unit
+from matfound.report.errors import CONVENTIONS, GROUP_CONVENTIONS, ErrorTable, unit
 from matfound.report.files import write_text
 from matfound.report.html import Report
 from matfound.report.tables import markdown
@@ -27,6 +29,8 @@ from matfound.structures.atomic_data import AtomicData
 
 #: So many structures with the largest errors are named.
 NUM_WORST = 10
+#: So many columns of a group are shown; all of them are in the files.
+NUM_COLUMNS = 20
 
 
 @dataclass(order=True)
@@ -69,7 +73,15 @@ class Evaluation:
             found.append((f"By {self.by}", self.by_kind()))
         if self.table.groups("element"):
             found.append(("By element", self.table.rows(("element",))))
+        for name in self.table.group_fields():
+            rows = self.table.columns(name)
+            found.append((f"Columns of {name}" + (f", the worst {NUM_COLUMNS} of {len(rows):,}" if len(rows) > NUM_COLUMNS else ""),
+                          rows[:NUM_COLUMNS]))  # fmt: skip
         return found
+
+    def conventions(self) -> str:
+        """How to read the tables."""
+        return CONVENTIONS + (f" {GROUP_CONVENTIONS}" if self.table.group_fields() else "")
 
     def by_kind(self) -> list[dict[str, Any]]:
         """Rows by kind, with the name of `by`."""
@@ -177,17 +189,19 @@ def summary(result: Evaluation, facts: dict[str, Any]) -> dict[str, Any]:
         "structures": result.structures,
         "atoms": result.atoms,
         "seconds": result.seconds,
-        "conventions": CONVENTIONS,
+        "conventions": result.conventions(),
         "overall": result.table.rows(),
         "by_dataset": result.table.rows(("dataset",)),
         f"by_{result.by}": result.by_kind(),
         "by_element": result.table.rows(("element",)),
+        "columns": {name: result.table.columns(name) for name in result.table.group_fields()},
         "worst": {name: [asdict(w) for w in sorted(found, reverse=True)] for name, found in result.worst.items()},
     }
 
 
 def write(result: Evaluation, folder: str | Path, facts: dict[str, Any]) -> list[Path]:
-    """Write errors.json, errors.md and errors.html (with parity plots) into a folder.
+    """Write errors.json, errors.md and errors.html (with parity plots) into a folder; for each group of labels also a table of all of its
+    columns, errors_NAME.csv.
 
     Args:
         result: of `evaluate`.
@@ -199,15 +213,17 @@ def write(result: Evaluation, folder: str | Path, facts: dict[str, Any]) -> list
     folder = Path(folder)
     shown = facts | {"structures": result.structures, "atoms": result.atoms, "seconds": round(result.seconds, 1)}
     title = f"Errors of {facts.get('model', 'the model')}"
-    text = [f"# {title}\n", *(f"- {name}: {_plain(value)}" for name, value in shown.items()), f"\n{CONVENTIONS}\n"]
+    text = [f"# {title}\n", *(f"- {name}: {_plain(value)}" for name, value in shown.items()), f"\n{result.conventions()}\n"]
     report = Report(title, f"{result.structures:,} structures, {result.atoms:,} atoms")
-    report.heading("Parity plots")
-    report.figure(parity(result.table.panels()), f"Predictions against labels, all components. {_ENERGY_NOTE}", alt="parity plots")
-    report.heading("Errors").text(CONVENTIONS)
+    if panels := result.table.panels():
+        report.heading("Parity plots")
+        report.figure(parity(panels), f"Predictions against labels, all components. {_ENERGY_NOTE}", alt="parity plots")
+    report.heading("Errors").text(result.conventions())
     for name, rows in result.sections():
         text.append(f"## {name}\n\n{markdown(rows)}")
         report.table(rows, f"Errors, {name[0].lower()}{name[1:]}.")
-    report.heading("Largest errors")
+    if result.worst:
+        report.heading("Largest errors")
     for name in result.worst:
         rows = result.worst_rows(name)
         text.append(f"## Largest errors of {name}\n\n{markdown(rows)}")
@@ -218,7 +234,18 @@ def write(result: Evaluation, folder: str | Path, facts: dict[str, Any]) -> list
     write_text(paths[0], json.dumps(summary(result, facts), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(paths[1], "\n".join(text))
     report.write(paths[2])
+    for name in result.table.group_fields():
+        paths.append(folder / f"errors_{name}.csv")
+        write_text(paths[-1], _csv(result.table.columns(name)))
     return paths
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 _ENERGY_NOTE = (

@@ -98,7 +98,21 @@ def add_graphs(data: AtomicData, graphs: Mapping[str, GraphSpec]) -> AtomicData:
     if not graphs:
         return data
     geometry = _geometry(data)
-    return _set_graphs(data, graphs, geometry, _search(geometry, max(spec.cutoff for spec in graphs.values())))
+    try:
+        return _set_graphs(data, graphs, geometry, _search(geometry, max(spec.cutoff for spec in graphs.values())))
+    except InputError:
+        absent = torch.nonzero(torch.isnan(geometry.pos).all(1))  # a batch has NaN for what a structure lacks
+        if len(absent):
+            raise _no_positions(data, int(geometry.batch[absent[0]])) from None
+        raise
+
+
+def _no_positions(data: AtomicData, system: int) -> InputError:
+    name = (data.id[system] if data.is_batch else data.id) if "id" in data else ""
+    return InputError(
+        f"the structure{f' {name!r}' if name else ''} has no positions, so that it has no radius graph",
+        remedy="for molecules from SMILES: matfound data convert --conformers SEED, or conformers: SEED of the reader",
+    )
 
 
 def edge_vectors(batch: AtomicData, graph: str = "main") -> Float[Tensor, "edges 3"]:
@@ -153,9 +167,7 @@ class SkinList:
 
 def _geometry(data: AtomicData) -> _Geometry:
     if "pos" not in data:
-        raise InputError(
-            "the structure has no positions, so that it has no radius graph", remedy="for SMILES: from_smiles(..., conformer_seed=0)"
-        )
+        raise _no_positions(data, 0)
     batch = data.batch if data.is_batch else torch.zeros(data.num_nodes, dtype=torch.int64, device=data.pos.device)
     return _Geometry(data.pos.detach().double(), data.cell.detach().double(), data.pbc, batch)
 

@@ -247,5 +247,5 @@ def has_lattice(data: AtomicData) -> bool:
 
 def _named(error: InputError, sample: AtomicData, frame: int) -> InputError:
     name = sample.id if "id" in sample else ""
-    problem = f"structure '{name}': {error.problem}" if name else error.problem
+    problem = f"structure '{name}': {error.problem}" if name and f"'{name}'" not in error.problem else error.problem
     return InputError(problem, remedy=error.remedy, file=error.file, frame=frame if error.frame is None else error.frame)

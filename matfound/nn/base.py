@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -167,13 +168,20 @@ class Statistics:
     Args:
         datasets: names, in the order of the vocabulary.
         references: (datasets, 119) energy of each element from least squares, eV; NaN for elements that a dataset does not have.
-        rms: (datasets,) root mean square of each label's components (energy: per atom, after the references); NaN without a label.
-        mean: (datasets,) mean of each scalar label; NaN without a label.
+        rms: (datasets,) root mean square of each label's components (energy: per atom, after the references, and 0 where these leave
+            nothing over); NaN without a label. Of a group (datasets, columns): of each of its labels by itself.
+        mean: likewise, mean of each label; of classes 0 and 1 the share of 1.
         avg_neighbors: mean number of edges per atom, of each graph.
     """
 
     datasets: list[str]
     references: Float[Tensor, "datasets 119"]
-    rms: dict[str, Float[Tensor, " datasets"]] = field(default_factory=dict)
-    mean: dict[str, Float[Tensor, " datasets"]] = field(default_factory=dict)
+    rms: dict[str, Float[Tensor, "datasets ..."]] = field(default_factory=dict)
+    mean: dict[str, Float[Tensor, "datasets ..."]] = field(default_factory=dict)
     avg_neighbors: dict[str, float] = field(default_factory=dict)
+
+    def spread(self, name: str) -> Float[Tensor, "datasets ..."]:
+        """Standard deviation of a label in each dataset; 1 where it is constant or absent."""
+        mean, rms = self.mean[name], self.rms[name]
+        spread = torch.sqrt((rms**2 - mean**2).clamp(min=0))
+        return torch.where(spread > 1e-6 * rms, spread, torch.ones_like(spread))

@@ -58,10 +58,18 @@ class Readout(nn.Module):
 
     def forward(self, x: Float[Tensor, "atoms channels"], dataset: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms outputs"]:
         """Each atom's outputs by the last layer of its dataset."""
+        return self.project(self.hide(x), dataset)
+
+    def hide(self, x: Float[Tensor, "atoms channels"]) -> Float[Tensor, "atoms hidden"]:
+        """The last hidden layer."""
         for weight in self.hidden:
             x = x @ (weight / weight.shape[0] ** 0.5)
             if self.activation == "silu":
                 x = SILU_FACTOR * nn.functional.silu(x)
+        return x
+
+    def project(self, x: Float[Tensor, "rows hidden"], dataset: Int[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
+        """The last layer, which is linear: it may as well follow a pooling of its input."""
         last = self.last / self.last.shape[1] ** 0.5
         if last.shape[0] == 1:
             return x @ last[0]
@@ -80,91 +88,204 @@ def atom_dataset(batch: AtomicData) -> Int[Tensor, " atoms"]:
 
 
 class _LabelHead(Head):
-    """Shared by the heads below: one field, a readout, and mean and spread of the label."""
+    """Shared by the heads below: one field, a readout, and mean and spread of the label.
 
-    def __init__(self, field: str, hidden: Sequence[int] = (32,), level: fields.Level = "system", width: int = 1) -> None:
+    Args:
+        field: what is predicted.
+        hidden: widths of the readout's hidden layers.
+        level: what a row of the field must belong to; None for any.
+        width: numbers that the readout makes for each label.
+        columns: of a group: how many labels it has. The group is declared if it is not known yet, so that a model can be loaded without the
+            data; a data set that knows the names of the columns adds them.
+        dtype: of the field.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        hidden: Sequence[int] = (32,),
+        level: fields.Level | None = "system",
+        width: int = 1,
+        columns: int | None = None,
+        dtype: fields.DType | None = None,
+    ) -> None:
         super().__init__()
+        if columns is not None:
+            _declare(field, columns, level, dtype or "float64")
         known = fields.find(field)
-        if known.level != level or known.shape:
-            raise InputError(f"{type(self).__name__} predicts a scalar for each {level}; '{field}' is {known.shape} for each {known.level}")
-        self.field, self.hidden, self.width = field, tuple(hidden), width
+        level = level or known.level
+        if known.level != level or known.shape != (() if columns is None else (columns,)):
+            raise _unfit(self, known, level, columns)
+        if known.dtype != (dtype or ("float64" if columns else known.dtype)):
+            raise InputError(
+                f"{type(self).__name__} predicts {'integer labels' if dtype == 'int64' else 'numbers'}; '{field}' is {known.dtype}"
+            )
+        self.field, self.hidden, self.columns, self.level, self.width = field, tuple(hidden), columns, level, width
         self.outputs = (field,)
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return () if self.columns is None else (self.columns,)
+
     def bind(self, channels: int, datasets: int) -> None:
-        self.readout = Readout(channels, self.hidden, self.width, datasets)
-        self.scale = Float64Buffers(mean=torch.zeros(datasets), spread=torch.ones(datasets))
+        self.readout = Readout(channels, self.hidden, self.width * (self.columns or 1), datasets)
+        self.scale = Float64Buffers(mean=torch.zeros(datasets, *self._shape), spread=torch.ones(datasets, *self._shape))
 
     def fit_scales(self, statistics: Statistics) -> None:
-        if self.width == 1 and self.field in statistics.mean:
-            mean, rms = statistics.mean[self.field], statistics.rms[self.field]
-            # The spread is the standard deviation; a constant label keeps 1.
-            spread = torch.sqrt((rms**2 - mean**2).clamp(min=0))
-            self.scale.mean.copy_(torch.nan_to_num(mean))
-            self.scale.spread.copy_(torch.where(spread > 1e-6 * rms, spread, torch.ones_like(spread)))
+        if self.field in statistics.mean and self.field in statistics.rms:
+            self.scale.mean.copy_(torch.nan_to_num(statistics.mean[self.field]))
+            self.scale.spread.copy_(statistics.spread(self.field))
 
-    def _rescale(self, values: Float[Tensor, " rows"], dataset: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    def _rescale(self, values: Float[Tensor, "rows *columns"], dataset: Int[Tensor, " rows"]) -> Float[Tensor, "rows *columns"]:
         return self.scale.mean[dataset] + self.scale.spread[dataset] * values
+
+    def _pooled(self, features: NodeFeatures, batch: AtomicData, how: Literal["mean", "sum"]) -> Float[Tensor, "systems d"]:
+        """The readout of each structure; of a single label float64."""
+        if self.columns is None:
+            return pool(self.readout(features.scalars, atom_dataset(batch)).double(), batch, how)
+        # A group may have a thousand columns: the last layer, which is linear, is applied to structures in place of atoms.
+        return self.readout.project(pool(self.readout.hide(features.scalars), batch, how), system_dataset(batch))
+
+
+def _declare(field: str, columns: int, level: fields.Level | None, dtype: fields.DType) -> None:
+    if columns < 1:
+        raise InputError(f"a group of labels has at least 1 column, received {columns}", remedy="leave columns out for a single label")
+    if field not in fields.FIELDS:
+        fields.group(field, columns, level=level or "system", dtype=dtype)
+
+
+def _unfit(head: Head, known: fields.Field, level: str, columns: int | None) -> InputError:
+    """A head whose field has another shape, or belongs to something else."""
+    what = "a scalar" if columns is None else f"{columns} labels"
+    remedy = f"set columns: {known.shape[0]}" if known.group and known.level == level else ""
+    return InputError(
+        f"{type(head).__name__} predicts {what} for each {level}; '{known.name}' is {known.shape} for each {known.level}", remedy=remedy
+    )
 
 
 class GraphHead(_LabelHead):
-    """A scalar for each structure: mean + spread · pooled readout.
+    """A number for each structure, or a group of them: mean + spread · pooled readout.
 
     Args:
-        field: the system-level scalar to predict.
+        field: the system-level scalar or group to predict.
         hidden: widths of the readout's hidden layers.
         pool: "mean" for intensive quantities (gaps), "sum" for extensive ones.
+        columns: of a group: how many numbers it has. Each has its own mean and spread in each dataset.
     """
 
-    def __init__(self, field: str, hidden: Sequence[int] = (32,), pool: Literal["mean", "sum"] = "mean") -> None:
-        super().__init__(field, hidden, "system")
+    def __init__(
+        self, field: str, hidden: Sequence[int] = (32,), pool: Literal["mean", "sum"] = "mean", columns: int | None = None
+    ) -> None:
+        super().__init__(field, hidden, "system", columns=columns)
         self.pool = pool
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
-        """`field` (systems,), float64."""
-        pooled = pool(self.readout(features.scalars, atom_dataset(batch)).double(), batch, self.pool)
-        return {self.field: self._rescale(pooled[:, 0], system_dataset(batch))}
+        """`field` (systems,), or (systems, columns), float64."""
+        values = self._pooled(features, batch, self.pool)
+        return {self.field: self._rescale(values[:, 0] if self.columns is None else values, system_dataset(batch))}
 
 
 class NodeHead(_LabelHead):
-    """A scalar for each atom: mean + spread · readout.
+    """A number for each atom, or a group of them: mean + spread · readout.
 
     Args:
-        field: the atom-level scalar to predict.
+        field: the atom-level scalar or group to predict.
         hidden: widths of the readout's hidden layers.
+        columns: of a group: how many numbers it has. Each has its own mean and spread in each dataset.
     """
 
-    def __init__(self, field: str, hidden: Sequence[int] = (32,)) -> None:
-        super().__init__(field, hidden, "atom")
+    def __init__(self, field: str, hidden: Sequence[int] = (32,), columns: int | None = None) -> None:
+        super().__init__(field, hidden, "atom", columns=columns)
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
-        """`field` (atoms,), float64."""
+        """`field` (atoms,), or (atoms, columns), float64."""
         dataset = atom_dataset(batch)
         out = self.readout(features.scalars, dataset).double()
-        return {self.field: self._rescale(out[:, 0], dataset)}
+        return {self.field: self._rescale(out[:, 0] if self.columns is None else out, dataset)}
 
 
 class ClassHead(_LabelHead):
-    """Logits of a class label for each structure or atom.
+    """Logits of a class label for each structure or atom, or of a group of them.
 
     Args:
-        field: an int64 label.
-        classes: number of classes, at least 2.
+        field: an int64 label, or a group of them.
+        classes: number of classes (of each label), at least 2.
         hidden: widths of the readout's hidden layers.
         pool: for structures, how atoms are joined.
+        columns: of a group: how many labels it has.
+        level: of a group that is not declared yet: "system" (the default) or "atom".
     """
 
-    def __init__(self, field: str, classes: int, hidden: Sequence[int] = (32,), pool: Literal["mean", "sum"] = "mean") -> None:
+    def __init__(
+        self,
+        field: str,
+        classes: int,
+        hidden: Sequence[int] = (32,),
+        pool: Literal["mean", "sum"] = "mean",
+        columns: int | None = None,
+        level: Literal["system", "atom"] | None = None,
+    ) -> None:
         if classes < 2:
             raise InputError(f"a class head needs at least 2 classes, received {classes}", remedy="use GraphHead or NodeHead for numbers")
-        super().__init__(field, hidden, fields.find(field).level, classes)
-        if fields.find(field).dtype != "int64":
-            raise InputError(f"ClassHead predicts integer labels; '{field}' is {fields.find(field).dtype}")
-        self.pool = pool
+        super().__init__(field, hidden, level, classes, columns, "int64")
+        self.pool, self.classes = pool, classes
+
+    def fit_scales(self, statistics: Statistics) -> None:
+        """Logits have no scale."""
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
-        """`field` (systems or atoms, classes): logits."""
-        logits = self.readout(features.scalars, atom_dataset(batch))
-        return {self.field: pool(logits, batch, self.pool) if fields.find(self.field).level == "system" else logits}
+        """`field` (systems or atoms, classes), or (systems or atoms, columns, classes): logits."""
+        if self.columns is not None and self.level == "system":
+            logits = self._pooled(features, batch, self.pool)
+        else:
+            logits = self.readout(features.scalars, atom_dataset(batch))
+            logits = pool(logits, batch, self.pool) if self.level == "system" else logits
+        return {self.field: logits if self.columns is None else logits.unflatten(1, (self.columns, self.classes))}
+
+
+class BinaryHead(_LabelHead):
+    """One logit for each label that is 0 or 1 (loss "bce"): for assays, by the hundreds in a group.
+
+    The logit starts from the share of 1 in the training data, column by column and for each dataset, since active molecules are rare.
+
+    Args:
+        field: an int64 label, or a group of them.
+        hidden: widths of the readout's hidden layers.
+        pool: for structures, how atoms are joined.
+        columns: of a group: how many labels it has.
+        level: of a group that is not declared yet: "system" (the default) or "atom".
+    """
+
+    def __init__(
+        self,
+        field: str,
+        hidden: Sequence[int] = (32,),
+        pool: Literal["mean", "sum"] = "mean",
+        columns: int | None = None,
+        level: Literal["system", "atom"] | None = None,
+    ) -> None:
+        super().__init__(field, hidden, level, 1, columns, "int64")
+        self.pool = pool
+
+    def fit_scales(self, statistics: Statistics) -> None:
+        if self.field in statistics.mean:
+            # Classes that do not occur at all are still thought possible.
+            share = statistics.mean[self.field].clamp(RAREST, 1 - RAREST)
+            self.scale.mean.copy_(torch.nan_to_num(torch.logit(share)))
+
+    def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
+        """`field` (systems or atoms,), or (systems or atoms, columns): logits."""
+        if self.level == "system":
+            values, dataset = self._pooled(features, batch, self.pool), system_dataset(batch)
+        else:
+            dataset = atom_dataset(batch)
+            values = self.readout(features.scalars, dataset)
+        values = values[:, 0] if self.columns is None else values
+        return {self.field: values + self.scale.mean.to(values.dtype)[dataset]}
+
+
+#: A class of two is taken to have at least this share.
+RAREST = 1e-3
 
 
 def pool(values: Float[Tensor, "atoms d"], batch: AtomicData, how: Literal["mean", "sum"]) -> Float[Tensor, "systems d"]:

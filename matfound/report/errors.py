@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from matfound import fields
 from matfound.errors import InputError, nearest
 from matfound.fields import FIELDS, Field
+from matfound.report.group_errors import GroupTable
 
 Floats = NDArray[np.float64]
 
@@ -18,6 +19,8 @@ Floats = NDArray[np.float64]
 MIN_LENGTH = 1e-3
 #: At most so many points of a field are kept for its parity plot.
 MAX_POINTS = 20_000
+#: Groups of more labels than this have no parity plots.
+MAX_DRAWN = 20
 GROUPS = ("dataset", "config_type", "element")
 
 CONVENTIONS = (
@@ -25,6 +28,11 @@ CONVENTIONS = (
     "Energies are per atom. n counts structures, or atoms for quantities of atoms. Cosine is the mean cosine between predicted "
     f'and reference vectors where the reference is longer than {MIN_LENGTH:g}; "magnitude MAE" is the MAE of their lengths. '
     "R2 is 1 minus the squared error over the variance of the labels in the group."
+)
+GROUP_CONVENTIONS = (
+    "A group of labels has one row: the mean over its columns (accuracy: the share of all its labels that are hit). Where columns have "
+    'different units their errors have no mean; "MAE/spread" divides each column\'s MAE by the standard deviation of its labels. AUROC and '
+    "AP (average precision) are means over the columns in which both classes occur."
 )
 
 
@@ -101,6 +109,8 @@ class ErrorTable:
         self.max_points = max_points
         self._sums: dict[tuple[str, str, str, str], Sums] = {}
         self._points: dict[str, _Points] = {}
+        self._tables: dict[str, GroupTable] = {}
+        self._drawn: dict[str, _GroupPoints] = {}
 
     def add(
         self,
@@ -120,7 +130,8 @@ class ErrorTable:
         Args:
             field: name in `matfound.fields.FIELDS`.
             reference: the label; rows with NaN (or -1, for classes) are left out.
-            prediction: of the same shape. For classes: the class, or one score a class in a further last axis.
+            prediction: of the same shape. For classes: the class, or one score a class in a further last axis, or (floats of the same
+                shape, of labels 0 and 1) the logit of 1.
             natoms: atoms of the structure; energies are divided by it.
             dataset: a group.
             config_type: a group.
@@ -136,11 +147,9 @@ class ErrorTable:
             return
         place = f" of structure '{name}'" if name else ""
         ref = _rows(reference, known, f"label '{field}'{place}")
+        score = None
         if known.dtype == "int64":
-            values = _array(prediction)
-            if values.dtype.kind == "f" and values.ndim > np.ndim(_array(reference)):
-                _require_finite(values, f"prediction of '{field}'{place}")
-                values = values.argmax(-1)
+            values, score = _classes(_array(prediction), np.ndim(_array(reference)), f"prediction of '{field}'{place}")
             pred = _rows(values, known, f"prediction of '{field}'{place}")
         else:
             pred = _rows(prediction, known, f"prediction of '{field}'{place}")
@@ -151,6 +160,10 @@ class ErrorTable:
         expected = natoms if known.level == "atom" else len(ref) if known.level in ("edge", "bond") else 1
         if len(ref) != expected:
             raise InputError(f"label '{field}'{place} has {len(ref)} rows, expected {expected}")
+        if known.group:
+            _require_finite(pred[~np.isnan(ref)], f"prediction of '{field}'{place}")
+            self._add_group(known, ref, pred, base, score, str(dataset), str(config_type))
+            return
         if field == "energy":
             ref, pred, base = ref / natoms, pred / natoms, None if base is None else base / natoms
         mask = np.logical_not(np.isnan(ref).any(axis=1, keepdims=True))[:, 0]
@@ -168,23 +181,60 @@ class ErrorTable:
             composition = species if field == "energy" else None
             points.add(ref[mask].ravel(), pred[mask].ravel(), str(dataset), str(config_type), composition)
 
+    def _add_group(
+        self, known: Field, ref: Floats, pred: Floats, base: Floats | None, score: NDArray[Any] | None, dataset: str, kind: str
+    ) -> None:
+        if np.isnan(ref).all():
+            return
+        table = self._tables.setdefault(known.name, GroupTable(known))
+        table.known = known  # names of columns may have come since
+        table.add(dataset, kind, ref, pred, base, None if score is None else score.reshape(ref.shape).astype(np.float64))
+        if known.dtype == "float64" and ref.shape[1] <= MAX_DRAWN:
+            points = self._drawn.setdefault(known.name, _GroupPoints(ref.shape[1], self.max_points, known.name))
+            points.add(ref, pred, dataset, kind)
+
     def __len__(self) -> int:
-        return sum(sums.rows for sums in self._sums.values())
+        return sum(sums.rows for sums in self._sums.values()) + sum(
+            errors.rows for table in self._tables.values() for errors in table.errors.values()
+        )
 
     def fields(self) -> list[str]:
         """Fields that have errors, in the order of the field table."""
         order = {name: i for i, name in enumerate(FIELDS)}
-        return sorted({key[0] for key in self._sums}, key=lambda name: order[name])
+        return sorted({key[0] for key in self._sums} | set(self._tables), key=lambda name: order[name])
+
+    def group_fields(self) -> list[str]:
+        """Groups of labels that have errors."""
+        return [name for name in self.fields() if name in self._tables]
 
     def groups(self, by: str) -> list[str]:
         """Values of "dataset", "config_type" or "element" that occur."""
-        return sorted({key[1 + _group(by)] for key in self._sums} - {""})
+        place = _group(by)
+        found = {key[1 + place] for key in self._sums}
+        if place < 2:
+            found |= {key[place] for table in self._tables.values() for key in table.errors}
+        return sorted(found - {""})
+
+    def columns(self, field: str, dataset: str | None = None) -> list[dict[str, Any]]:
+        """Errors of each label of a group, the worst first: column, unit, n, MAE, RMSE, max, MAE/spread, R2, …; or, of classes, n,
+        positives, accuracy, AUROC and AP.
+
+        Args:
+            field: name of the group.
+            dataset: only this one's; None: of all together.
+
+        Raises:
+            InputError: nothing was added for it.
+        """
+        if field not in self._tables:
+            raise InputError(f"there are no errors of a group '{field}'", remedy=nearest(field, self._tables))
+        return self._tables[field].columns(dataset)
 
     def rows(self, by: Sequence[str] = ()) -> list[dict[str, Any]]:
         """One row for each field and group: field, unit, the groups, n, MAE, RMSE, max, R2, cosine, magnitude MAE, accuracy, …
 
-        See `CONVENTIONS`. By element, only quantities of atoms have rows. Columns that no row fills are left out. `gain` is the
-        baseline's MAE over the MAE.
+        See `CONVENTIONS` and, for groups of labels, `GROUP_CONVENTIONS`. By element, only quantities of atoms have rows, and groups have
+        none. Columns that no row fills are left out. `gain` is the baseline's MAE over the MAE.
 
         Args:
             by: any of "dataset", "config_type", "element"; nothing for one row a field.
@@ -202,25 +252,33 @@ class ErrorTable:
             merged[group] = merged.setdefault(group, Sums()).__iadd__(sums)
         order = {name: i for i, name in enumerate(FIELDS)}
         rows = []
-        for group in sorted(merged, key=lambda group: (order[group[0]], group[1:])):
-            head = {"field": group[0], "unit": unit(group[0])} | dict(zip(by, group[1:], strict=True))
-            rows.append(head | _row(fields.find(group[0]), merged[group]))
+        found = {group: _row(fields.find(group[0]), sums) for group, sums in merged.items()}
+        if "element" not in by:
+            for name, table in self._tables.items():
+                found |= {(name, *group): row for group, row in table.rows(tuple(place - 1 for place in chosen)).items()}
+        for group in sorted(found, key=lambda group: (order[group[0]], group[1:])):
+            head = {"field": group[0], "unit": self._unit(group[0])} | dict(zip(by, group[1:], strict=True))
+            rows.append(head | found[group])
         empty = {name for row in rows for name in row if all(other.get(name) is None for other in rows)}
         return [{name: value for name, value in row.items() if name not in empty} for row in rows]
 
+    def _unit(self, name: str) -> str:
+        return self._tables[name].unit if name in self._tables else unit(name)
+
     def mae(self, field: str, **groups: str) -> float:
-        """MAE of a field (accuracy of classes), within e.g. `dataset="crystals"`.
+        """MAE of a field (accuracy of classes; MAE/spread of a group of several units), within e.g. `dataset="crystals"`.
 
         Raises:
             InputError: nothing was added for it.
         """
         for row in self.rows(tuple(groups)):
             if row["field"] == field and all(row[name] == value for name, value in groups.items()):
-                return float(row["MAE"] if row.get("MAE") is not None else row["accuracy"])
+                return next(float(row[name]) for name in ("MAE", "accuracy", "MAE/spread") if row.get(name) is not None)
         raise InputError(f"there are no errors of '{field}' for {groups or 'anything'}", remedy=nearest(field, self.fields()))
 
     def panels(self, by: str | None = None) -> list[ParityPanel]:
-        """Parity plots, one a field, coloured by "dataset" or "config_type" (default: the first of them with several values).
+        """Parity plots, one a field, coloured by "dataset" or "config_type" (default: the first of them with several values). Groups of up
+        to `MAX_DRAWN` labels have one for each.
 
         Energies of different compositions lie on the identity line whatever the model does; so for each dataset the least-squares
         energies of the elements (from the labels) are subtracted from both axes. Differences stay what they are.
@@ -236,12 +294,15 @@ class ErrorTable:
                 row = overall[name]
                 total = sum(s.values for key, s in self._sums.items() if key[0] == name)
                 panels.append(self._points[name].panel(name, _group(by), row["MAE"], row["RMSE"], total))
+            if name in self._drawn:
+                panels += self._drawn[name].panels(name, _group(by), self._tables[name].columns())
         return panels
 
 
 def unit(name: str) -> str:
-    """Unit of a field's errors: energies are per atom."""
-    return "eV/atom" if name == "energy" else fields.find(name).unit
+    """Unit of a field's errors: energies are per atom; of a group what all its labels have."""
+    known = fields.find(name)
+    return "eV/atom" if name == "energy" else known.column_units[0] if len(set(known.column_units)) == 1 else known.unit
 
 
 def _group(name: str) -> int:
@@ -269,6 +330,16 @@ def _rows(value: Any, known: Field, what: str) -> Floats:
         array = (array + array.swapaxes(1, 2)) / 2
         return np.stack([array[:, i, j] for i, j in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))], axis=1)
     return array.reshape(len(array), size)
+
+
+def _classes(values: NDArray[Any], axes: int, what: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Predicted classes, and the logit of 1 where there are two classes."""
+    if values.dtype.kind != "f":
+        return values, None
+    _require_finite(values, what)
+    if values.ndim == axes:
+        return (values > 0).astype(np.int64), values
+    return values.argmax(-1), values[..., 1] - values[..., 0] if values.shape[-1] == 2 else None
 
 
 def _require_finite(values: NDArray[Any], what: str) -> None:
@@ -388,3 +459,40 @@ class _Points:
             mine = points[:, 3] == dataset
             shift[mine] = features[mine] @ np.linalg.lstsq(features[mine], points[mine, 1], rcond=None)[0]
         return shift
+
+
+class _GroupPoints:
+    """Points of each column of a group; rows are collected first, since a structure has but one of each."""
+
+    ROWS = 256
+
+    def __init__(self, columns: int, limit: int, name: str) -> None:
+        self.points = [_Points(max(limit // columns, 1000), zlib.crc32(f"{name} {k}".encode())) for k in range(columns)]
+        self._waiting: dict[tuple[str, str], list[tuple[Floats, Floats]]] = {}
+
+    def add(self, ref: Floats, pred: Floats, dataset: str, kind: str) -> None:
+        rows = self._waiting.setdefault((dataset, kind), [])
+        rows.append((ref, pred))
+        if len(rows) >= self.ROWS:
+            self._flush((dataset, kind))
+
+    def _flush(self, key: tuple[str, str]) -> None:
+        ref, pred = (np.concatenate(pieces) for pieces in zip(*self._waiting.pop(key), strict=True))
+        for k, points in enumerate(self.points):
+            there = ~np.isnan(ref[:, k])
+            points.add(ref[there, k], pred[there, k], *key, None)
+
+    def panels(self, name: str, by: int, columns: list[dict[str, Any]]) -> list[ParityPanel]:
+        """One a column, in the order of the field."""
+        for key in list(self._waiting):
+            self._flush(key)
+        known = fields.find(name)
+        names = known.columns or tuple(map(str, range(len(self.points))))
+        rows = {row["column"]: row for row in columns}
+        found = []
+        for column, points in zip(names, self.points, strict=True):
+            if column in rows:
+                row = rows[column]
+                panel = points.panel(name, by, row["MAE"], row["RMSE"], row["n"])
+                found.append(replace(panel, title=f"{name}: {column}", unit=row.get("unit", "")))
+        return found

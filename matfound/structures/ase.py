@@ -1,14 +1,13 @@
 """ASE Atoms to structures and back."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import ase
 import numpy as np
 import torch
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from matfound.errors import InputError
@@ -17,8 +16,34 @@ from matfound.structures.atomic_data import AtomicData, check, is_missing
 from matfound.structures.keys import ALIASES, VIRIAL_UNIT, KeyMap, LabelSource, readable_fields, voigt_indices
 from matfound.units import factor
 
+# ase.constraints imports half of scipy, which takes longer than to read most files: only where it is needed.
+
 #: A stress is refused where its off-diagonal elements differ by more than this fraction of the largest element.
 ASYMMETRY = 1e-2
+
+
+class Parts(NamedTuple):
+    """What ASE's `Atoms` would hold, for readers that make none.
+
+    Args:
+        numbers: (atoms,) int64.
+        positions: (atoms, 3) float64, in memory that nobody else writes to.
+        cell: (3, 3) float64.
+        pbc: (3,) bool.
+        fixed: indices of the atoms that `FixAtoms` holds; None without such a constraint.
+        info: what is known of the structure by name.
+        arrays: what is known of each atom by name, without numbers and positions.
+        results: of the calculation.
+    """
+
+    numbers: np.ndarray
+    positions: np.ndarray
+    cell: np.ndarray
+    pbc: np.ndarray
+    fixed: np.ndarray | None
+    info: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    results: Mapping[str, Any]
 
 
 def from_atoms(atoms: ase.Atoms, *, keys: KeyMap | None = None, labels: bool = True) -> AtomicData:
@@ -41,28 +66,69 @@ def from_atoms(atoms: ase.Atoms, *, keys: KeyMap | None = None, labels: bool = T
     Raises:
         InputError: a wrong shape or length, text or NaN for a number, or what `atomic_data.check` refuses; names the field.
     """
-    data = AtomicData()
-    data.numbers = torch.tensor(atoms.numbers, dtype=torch.int64)
-    data.pos = torch.tensor(atoms.positions, dtype=torch.float64)
-    data.cell = torch.tensor(atoms.cell.array, dtype=torch.float64)[None]
-    data.pbc = torch.tensor(atoms.pbc)[None]
-    fixed = [constraint.index for constraint in atoms.constraints if isinstance(constraint, FixAtoms)]
-    if fixed:
-        data.fixed = torch.zeros(len(atoms), dtype=torch.int64)
-        data.fixed[np.concatenate(fixed)] = 1
-    results = _results(atoms) if labels else {}
-    for name in readable_fields():
-        field = FIELDS[name]
+    return from_parts(parts(atoms), keys=keys, labels=labels)
+
+
+def parts(atoms: ase.Atoms) -> Parts:
+    """What `from_atoms` needs of the Atoms; positions and cell are copies."""
+    arrays = {name: value for name, value in atoms.arrays.items() if name not in ("numbers", "positions")}
+    return Parts(
+        np.array(atoms.numbers, np.int64), np.array(atoms.positions, np.float64), np.array(atoms.cell.array, np.float64),
+        np.array(atoms.pbc, bool), _fixed(atoms), atoms.info, arrays, _results(atoms),
+    )  # fmt: skip
+
+
+def from_parts(parts: Parts, *, keys: KeyMap | None = None, labels: bool = True) -> AtomicData:
+    """As `from_atoms`; positions and cell share the memory of the parts."""
+    data = AtomicData(
+        numbers=torch.from_numpy(parts.numbers),
+        pos=torch.from_numpy(parts.positions),
+        cell=torch.from_numpy(parts.cell)[None],
+        pbc=torch.from_numpy(parts.pbc)[None],
+    )
+    if parts.fixed is not None:
+        data.fixed = torch.zeros(len(parts.numbers), dtype=torch.int64)
+        data.fixed[parts.fixed] = 1
+    for field in _candidates(parts, keys):
         if field.label and not labels:
             continue
-        found = _find(field, atoms, results, keys or {})
+        found = _find(field, parts, keys or {})
         if found is not None:
-            value = _convert(field, *found, atoms)
+            value = _convert(field, *found, parts)
             if value is not None:
-                data[name] = value
+                data[field.name] = value
     if "dipole" in data and "dipole_magnitude" not in data:
         data.dipole_magnitude = torch.linalg.vector_norm(data.dipole, dim=1)
-    return check(data)
+    return data if _sound(parts) else check(data)
+
+
+def _sound(parts: Parts) -> bool:
+    """Whether `check` would find nothing, by a few fast comparisons; False where they cannot tell.
+
+    What `_convert` made has the right shapes and types.
+    """
+    numbers, pbc = parts.numbers, parts.pbc
+    (a, b, c), (d, e, f), (g, h, i) = parts.cell.tolist()
+    lengths = (a * a + b * b + c * c) * (d * d + e * e + f * f) * (g * g + h * h + i * i)
+    volume = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+    # `check` refuses det(unit @ unit.T), the square of this fraction, below 1e-8.
+    lattice = 1e-200 < lengths < 1e200 and volume * volume > 1e-7 * lengths if pbc.any() else lengths == 0
+    return (
+        lattice
+        and len(numbers) > 0
+        and bool(np.isfinite(parts.positions).all())
+        and bool((numbers > 0).all())
+        and bool((numbers <= 118).all())
+    )
+
+
+def _fixed(atoms: ase.Atoms) -> np.ndarray | None:
+    if not atoms.constraints:
+        return None
+    from ase.constraints import FixAtoms
+
+    fixed = [constraint.index for constraint in atoms.constraints if isinstance(constraint, FixAtoms)]
+    return np.concatenate(fixed) if fixed else None
 
 
 def _results(atoms: ase.Atoms) -> Mapping[str, Any]:
@@ -78,33 +144,68 @@ def _results(atoms: ase.Atoms) -> Mapping[str, Any]:
     return results if all(np.array_equal(then, now) for then, now in pairs) else {}
 
 
-def _find(field: Field, atoms: ase.Atoms, results: Mapping[str, Any], keys: KeyMap) -> tuple[LabelSource, Any] | None:
+class _Index:
+    """The readable fields by the names that they are stored under, kept until the table of fields changes."""
+
+    def __init__(self) -> None:
+        self.table: tuple[Field, ...] = ()
+        self.by_name: dict[str, list[int]] = {}
+        self.fields: list[Field] = []
+
+    def update(self) -> None:
+        table = tuple(FIELDS.values())
+        if table == self.table:  # identical fields compare in no time
+            return
+        self.fields = [FIELDS[name] for name in readable_fields()]
+        self.by_name = {}
+        for place, field in enumerate(self.fields):
+            for name in _stored_names(field):
+                self.by_name.setdefault(name, []).append(place)
+        self.table = table
+
+
+_INDEX = _Index()
+
+
+def _stored_names(field: Field) -> tuple[str, ...]:
+    """Where a field is looked for unless a key map says otherwise."""
+    if not field.ase_key:
+        return ()
+    return (field.ase_key, f"REF_{field.ase_key}", *ALIASES.get(field.name, ())) if field.label else (field.ase_key,)
+
+
+def _candidates(parts: Parts, keys: KeyMap | None) -> Iterable[Field]:
+    """The fields that something may be stored for, in the order of the table."""
+    _INDEX.update()
+    by_name = _INDEX.by_name
+    places = {place for held in (parts.results, parts.info, parts.arrays) for name in held if name in by_name for place in by_name[name]}
+    if keys:
+        places |= {place for place, field in enumerate(_INDEX.fields) if field.name in keys}
+    return [_INDEX.fields[place] for place in sorted(places)]
+
+
+def _find(field: Field, parts: Parts, keys: KeyMap) -> tuple[LabelSource, Any] | None:
     """The stored value of a field and where it was; None where there is none."""
     given = keys.get(field.name)
-    if given is not None:
-        names: tuple[str, ...] = (given.key,)
-    elif field.label:
-        names = (field.ase_key, f"REF_{field.ase_key}", *ALIASES.get(field.name, ()))
-    else:
-        names = (field.ase_key,)
-    store = atoms.arrays if field.level == "atom" else atoms.info
-    for name in names if names[0] else ():
-        for place in (results, store) if field.label else (store,):
+    names = _stored_names(field) if given is None else (given.key,)
+    store = parts.arrays if field.level == "atom" else parts.info
+    for name in names if names and names[0] else ():
+        for place in (parts.results, store) if field.label else (store,):
             value = place.get(name)
             if value is not None:
                 return given or LabelSource(name), value
     return None
 
 
-def _convert(field: Field, source: LabelSource, stored: Any, atoms: ase.Atoms) -> Any:
+def _convert(field: Field, source: LabelSource, stored: Any, parts: Parts) -> Any:
     """The stored value as the field wants it: type, shape, unit, sign; None where it means nothing for this structure."""
     if field.dtype == "str":
         return str(stored)
     where = f"field '{field.name}'" + ("" if source.key == field.name else f" (from '{source.key}')")
     array = _numeric(stored, field, where)
     if field.name == "stress":
-        return _stress(array, source, atoms, where)
-    rows = len(atoms) if field.level == "atom" else 1
+        return _stress(array, source, parts, where)
+    rows = len(parts.numbers) if field.level == "atom" else 1
     shape = (rows, *field.shape)
     # One number, or one vector, of a structure may come without the leading axis; a column of numbers may come as (atoms, 1).
     accepted = [shape, field.shape] if field.level == "system" else [shape]
@@ -117,7 +218,7 @@ def _convert(field: Field, source: LabelSource, stored: Any, atoms: ase.Atoms) -
             remedy=_leave_out(field.name),
         )
     scale = source.sign * (factor(source.unit, field.unit) if source.unit else 1.0)
-    value = torch.tensor(array.reshape(shape).astype(field.dtype))
+    value = torch.from_numpy(array.reshape(shape).astype(field.dtype))
     return value * scale if scale != 1 else value
 
 
@@ -143,7 +244,7 @@ def _leave_out(name: str) -> str:
     return f"repair the frame, or leave the field out with keys {{{name}: null}}"
 
 
-def _stress(array: np.ndarray, source: LabelSource, atoms: ase.Atoms, where: str) -> torch.Tensor | None:
+def _stress(array: np.ndarray, source: LabelSource, parts: Parts, where: str) -> torch.Tensor | None:
     if array.shape == (6,):
         tensor = np.zeros((3, 3))
         for value, (i, j) in zip(array, voigt_indices(source.order), strict=True):
@@ -155,8 +256,8 @@ def _stress(array: np.ndarray, source: LabelSource, atoms: ase.Atoms, where: str
             f"{where} has shape {array.shape}, expected (6,), (3, 3) or (9,)",
             remedy=_leave_out("stress"),
         )
-    volume = abs(np.linalg.det(atoms.cell.array))
-    if not atoms.pbc.any() or volume == 0:
+    volume = abs(np.linalg.det(parts.cell))
+    if not parts.pbc.any() or volume == 0:
         return None
     largest = np.abs(tensor).max()
     if np.abs(tensor - tensor.T).max() > ASYMMETRY * largest:
@@ -189,6 +290,8 @@ def to_atoms(data: AtomicData) -> ase.Atoms:
         pbc=data.pbc[0].cpu().numpy(),
     )
     if "fixed" in data and (data.fixed == 1).any():
+        from ase.constraints import FixAtoms
+
         atoms.set_constraint(FixAtoms(torch.nonzero(data.fixed == 1).squeeze(1).cpu().numpy()))
     results = {}
     for field, value in _stored(data):

@@ -1,4 +1,8 @@
-"""The one training module: every target's loss, masked where labels are missing."""
+"""The one training module: every target's loss, masked where labels are missing.
+
+Losses are exact over several processes: a target's loss is the sum of its terms over all of them, divided by how many there are, so that
+gradients are those of one process with all the structures in one batch.
+"""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -13,9 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from matfound.errors import InputError, nearest
 from matfound.models.base import Potential, Statistics
-from matfound.nn.heads import Float64Buffers
+from matfound.nn.heads import BinaryHead, ClassHead, Float64Buffers
 from matfound.structures.atomic_data import AtomicData
-from matfound.tasks.metrics import TargetMetrics
+from matfound.tasks.losses import Total
+from matfound.tasks.metrics import ColumnSums, TargetMetrics
+from matfound.tasks.ranks import add_up, first_error, touched, world_size
 from matfound.tasks.references import Refit, refit
 from matfound.tasks.statistics import collect
 from matfound.tasks.target import Comparison, Target
@@ -34,6 +40,9 @@ FORCE_SHARE, MIN_SPREAD = 0.01, 1e-3
 class MultiTask(LightningModule):
     """Trains a potential on any set of targets.
 
+    Parameters of heads that predict none of the targets stay as they are. All others get a gradient in every step, of zeros where a batch
+    has nothing to say about them, in any number of processes.
+
     Args:
         potential: the model; to go on with a finished one, `class_path: matfound.models.checkpoint.load`.
         targets: what to learn; each needs a head.
@@ -46,7 +55,7 @@ class MultiTask(LightningModule):
         refit: for "references": only these datasets. Default: all of the training data.
 
     Raises:
-        InputError: no targets, two for one field, or one that no head predicts.
+        InputError: no targets, two for one field, or one that no head predicts, or not of its kind.
     """
 
     def __init__(
@@ -74,14 +83,18 @@ class MultiTask(LightningModule):
         if not targets:
             raise InputError("there are no targets", remedy="name what to learn, e.g. model.targets: [{field: energy}, {field: forces}]")
         for i, target in enumerate(targets):
-            if target.field not in potential.outputs:
-                raise InputError(
-                    f"no head of the model predicts the target '{target.field}'", remedy=nearest(target.field, potential.outputs)
-                )
+            _check(target, potential)
             if target.field in (other.field for other in targets[:i]):
                 raise InputError(f"two targets have the field '{target.field}'", remedy="keep one of them")
-        self.scales = Float64Buffers(**{t.field: torch.ones(len(potential.datasets)) for t in targets})
+        wanted = {target.field for target in targets}
+        idle = [name for name, head in potential.heads.items() if not wanted & set(head.outputs)]  # type: ignore[arg-type]
+        idle = [f"potential.heads.{head}.{name}" for head in idle for name, _ in potential.heads[head].named_parameters()]
+        #: `DistributedDataParallel` reads it: parameters that get no gradients.
+        self._ddp_params_and_buffers_to_ignore = idle
+        shape = {t.field: (t.columns,) if t.definition.group else () for t in targets}
+        self.scales = Float64Buffers(**{t.field: torch.ones(len(potential.datasets), *shape[t.field]) for t in targets})
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict({t.field: TargetMetrics(t) for t in targets}) for stage in ("val", "test")})
+        self.judged = nn.ModuleDict({stage: ColumnSums() for stage in ("val", "test")})
 
     def setup(self, stage: str) -> None:
         """Fit what depends on the training data; a resumed run overwrites it with the same values from its checkpoint."""
@@ -106,45 +119,94 @@ class MultiTask(LightningModule):
         samples = self.trainer.datamodule.samples("train")  # type: ignore[attr-defined]
         self.refitted = refit(self.potential, samples, self.refit, self.isolated_atoms)
         self.potential.to(home)
-        forces = statistics.rms.get("forces")
+        least = self._least_spread(statistics)
         for entry in self.refitted:
             d = self.potential.dataset_index(entry.dataset)
             if entry.frames:
-                floor = 0.0 if forces is None else FORCE_SHARE * float(forces[d].nan_to_num())
-                statistics.rms["energy"][d] = max(entry.spread, floor, MIN_SPREAD)
+                statistics.rms["energy"][d] = max(entry.spread, float(least[d]))
 
     def _fit_loss_scales(self, statistics: Statistics) -> None:
         for target in self.targets:
-            rms = statistics.rms.get(target.field)
-            if rms is not None:
-                getattr(self.scales, target.field).copy_(torch.where(rms > 0, rms, torch.ones_like(rms)))
+            if target.field in statistics.rms:
+                group = target.definition.group and target.field in statistics.mean
+                size = statistics.spread(target.field) if group else statistics.rms[target.field]
+                otherwise = self._least_spread(statistics) if target.per_atom else torch.ones_like(size)
+                getattr(self.scales, target.field).copy_(torch.where(size > 0, size, otherwise))
+
+    @staticmethod
+    def _least_spread(statistics: Statistics) -> Tensor:
+        """Scale of the energies in each dataset where there is nothing to take it from."""
+        energy = statistics.rms["energy"]
+        return (FORCE_SHARE * statistics.rms.get("forces", torch.zeros_like(energy)).nan_to_num()).clamp(min=MIN_SPREAD)
 
     def forward(self, batch: AtomicData) -> dict[str, Tensor]:
         """The potential's predictions."""
         return self.potential(batch)
 
     def _row_scale(self, target: Target, comparison: Comparison, batch: AtomicData) -> Tensor:
-        return getattr(self.scales, target.field)[batch.dataset[comparison.system]]
+        scales, dataset = getattr(self.scales, target.field), batch.dataset[comparison.system]
+        return scales[dataset] if comparison.column is None else scales[dataset, comparison.column]
 
     def _step(self, batch: AtomicData, stage: str) -> Tensor:
+        """The loss, of which this process has its share: the mean over all processes is the loss of all their structures."""
+        device, world = batch.numbers.device, world_size()
+        totals: dict[str, Total] = {}
+        failure: InputError | None = None
+        try:
+            totals = self._totals(batch, stage)
+        except InputError as error:
+            failure = error
+        terms, loss, systems = [float(totals[t.field].terms) if t.field in totals else 0.0 for t in self.targets], None, batch.num_systems
+        if world > 1:
+            sums = [totals[t.field].sum.detach() if t.field in totals else 0.0 for t in self.targets]
+            mine = torch.tensor([*terms, *sums, systems, float(failure is not None)], dtype=torch.float64, device=device)
+            *values, together, failed = add_up(mine).tolist()
+            terms, sums, systems = values[: len(terms)], values[len(terms) :], round(together)
+            loss = sum(t.weight * value / max(n, 1.0) for t, value, n in zip(self.targets, sums, terms, strict=True))
+            failure = first_error(failure) if failed else None
+        if failure is not None:
+            raise failure
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for target, count in zip(self.targets, terms, strict=True):
+            if target.field in totals:
+                total = total + target.weight * (totals[target.field].sum / max(count, 1.0))
+        if stage != "train":
+            self.judged[stage].update(torch.ones(batch.num_systems, device=device))  # type: ignore[operator]
+            return total
+        if systems:
+            value = total.detach() if loss is None else torch.tensor(loss, dtype=torch.float64, device=device)
+            self.log("train/loss", value, batch_size=systems, on_step=False, on_epoch=True, sync_dist=world > 1)
+        return touched(total if world == 1 else world * total, self._learning())
+
+    def _learning(self) -> list[Tensor]:
+        """The parameters that learn something from the targets."""
+        idle = set(self._ddp_params_and_buffers_to_ignore)
+        return [parameter for name, parameter in self.named_parameters() if parameter.requires_grad and name not in idle]
+
+    def _totals(self, batch: AtomicData, stage: str) -> dict[str, Total]:
+        """Losses of the labels that a batch has, by field.
+
+        Raises:
+            InputError: they are not finite; names the frames.
+        """
+        if not batch.num_systems:
+            return {}
         predictions = self.potential(batch)
         seen = None if stage == "train" else self._seen(batch, stage)
-        total = torch.zeros((), dtype=torch.float64, device=batch.numbers.device)
+        totals: dict[str, Total] = {}
         for target in self.targets:
             comparison = target.compare(predictions, batch)
             if comparison is None:
                 continue
             comparison = comparison if seen is None else comparison.of(seen)
-            total = total + target.weight * target.loss_of(comparison, self._row_scale(target, comparison, batch))
+            scale = self._row_scale(target, comparison, batch) if target.scaled or (stage != "train" and target.columns > 1) else None
+            totals[target.field] = target.total_of(comparison, scale)
             if stage != "train":
-                self.metrics[stage][target.field].add(comparison)  # type: ignore[index]
-        if not torch.isfinite(total):
-            raise self._not_finite(float(total.detach()), predictions, batch, stage)
-        if stage == "train" and not total.requires_grad:
-            # No structure of the batch has any label: the loss is 0, and so are its gradients.
-            total = total + sum(predictions[target.field][:0].sum() for target in self.targets)
-        self.log(f"{stage}/loss", total.detach(), batch_size=batch.num_systems, on_step=False, on_epoch=True)
-        return total
+                self.metrics[stage][target.field].add(comparison, scale, totals[target.field])  # type: ignore[index]
+        loss = sum(target.weight * totals[target.field].mean.detach() for target in self.targets if target.field in totals)
+        if not torch.isfinite(torch.as_tensor(loss)):
+            raise self._not_finite(float(loss), predictions, batch, stage)
+        return totals
 
     def _seen(self, batch: AtomicData, stage: str) -> Tensor:
         """Mask (systems,) of the structures without elements that the model has not been trained on; the others cannot be judged."""
@@ -212,10 +274,20 @@ class MultiTask(LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        for field, metrics in self.metrics[stage].items():  # type: ignore[operator]
+        """The loss as if the whole set were one batch, and every metric."""
+        options: dict[str, Any] = {"sync_dist": True} if world_size() > 1 else {}
+        judged = self.judged[stage].mean()  # type: ignore[operator]
+        loss = torch.zeros((), dtype=torch.float64)
+        for target in self.targets:
+            metrics: TargetMetrics = self.metrics[stage][target.field]  # type: ignore[index]
+            if (mean := metrics.mean_loss()) is not None:
+                loss = loss.to(mean.device) + target.weight * mean
             for name, value in metrics.results().items():
-                self.log(f"{stage}/{field}_{name}", value)
+                self.log(f"{stage}/{target.field}_{name}", value, **options)
             metrics.reset()
+        if judged is not None:
+            self.log(f"{stage}/loss", loss.to(judged.device), **options)
+        self.judged[stage].reset()  # type: ignore[operator]
 
     def configure_optimizers(self) -> Any:
         """Optimizer, and its schedule by step.
@@ -255,6 +327,20 @@ class MultiTask(LightningModule):
         batches = min(batches, share) if isinstance(share, int) else int(batches * share)
         steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
         return max(1, steps if limit is None else min(steps, limit))
+
+
+def _check(target: Target, potential: Potential) -> None:
+    """Refuse a target that no head predicts, or another kind of head than its loss needs."""
+    if target.field not in potential.outputs:
+        raise InputError(f"no head of the model predicts the target '{target.field}'", remedy=nearest(target.field, potential.outputs))
+    target.check()
+    head = next(head for head in potential.heads.values() if target.field in head.outputs)  # type: ignore[operator]
+    if (target.loss == "bce" and isinstance(head, ClassHead)) or (target.loss == "cross_entropy" and isinstance(head, BinaryHead)):
+        wanted = "bce" if isinstance(head, BinaryHead) else "cross_entropy"
+        raise InputError(f"target '{target.field}': the loss '{target.loss}' does not suit a {type(head).__name__}", remedy=f"use {wanted}")
+    ranked = {"auroc", "ap"} & set(target.metrics or ())
+    if isinstance(head, ClassHead) and head.classes != 2 and ranked:
+        raise InputError(f"target '{target.field}': {min(ranked)} is for two classes, the head has {head.classes}", remedy="use accuracy")
 
 
 def names(batch: AtomicData) -> list[str]:

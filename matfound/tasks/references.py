@@ -70,7 +70,7 @@ def refit(
 
     Args:
         potential: with an energy head that has `table.reference`; is where it computes.
-        samples: carry `dataset` and graphs.
+        samples: structures or batches that carry `dataset` and graphs.
         datasets: names of those to refit; None: all that the samples have.
         isolated_atoms: symbol to energy, eV, at the level of theory of the labels.
 
@@ -85,7 +85,7 @@ def refit(
     isolated = _numbers(isolated_atoms or {})
     wanted = None if datasets is None else {potential.dataset_index(name) for name in datasets}
     by_dataset: dict[int, list[AtomicData]] = {}
-    for sample in samples:
+    for sample in (one for part in samples for one in part.to_list()):
         if (wanted is None or int(sample.dataset) in wanted) and sample.num_nodes:
             by_dataset.setdefault(int(sample.dataset), []).append(sample)
     if isolated and len(by_dataset) > 1:

@@ -19,16 +19,20 @@ from matfound.fields import FIELDS
 from matfound.inference.predict import clean, evaluate, split
 from matfound.models.base import Potential
 from matfound.models.checkpoint import save
-from matfound.report.errors import CONVENTIONS, ErrorTable
+from matfound.report.errors import CONVENTIONS, GROUP_CONVENTIONS, ErrorTable
 from matfound.report.html import Report
 from matfound.structures.atomic_data import AtomicData
+from matfound.training import ranks
+
+#: So many labels of a group are shown.
+NUM_COLUMNS = 20
 
 
 class RunReport(Callback):
     """At the end of training: the model as a checkpoint folder, its errors on every held-out part, and `report.html`.
 
-    Keeps a row for each epoch (losses, metrics, learning rate, throughput). Rows survive a resumed run, which has the same as one that
-    was not interrupted.
+    Keeps a row for each epoch (losses, metrics, learning rate, throughput), of all processes together. Rows survive a resumed run, which
+    has the same as one that was not interrupted. Of several processes the first writes, while the others wait.
 
     Args:
         folder: where to; default: the run's folder.
@@ -50,12 +54,15 @@ class RunReport(Callback):
         #: Of the whole run, and of the present epoch.
         self.seconds = 0.0
         self._epoch = {"seconds": 0.0, "structures": 0.0, "atoms": 0.0, "loss": 0.0, "validated": 0.0}
+        #: Structures, atoms and losses of the batches since they were added up last: asking for a loss makes a GPU wait.
+        self._steps: list[tuple[int, int, Tensor]] = []
         self._last: float | None = None
         self._ended = False
 
     def state_dict(self) -> dict[str, Any]:
-        """History so far."""
+        """History so far. Every rank has to call this."""
         self._clock()
+        self._add_up()
         return {"history": self.history, "seconds": self.seconds, "epoch": self._epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -70,6 +77,23 @@ class RunReport(Callback):
             self._epoch["seconds"] += now - self._last
             self._last = now
 
+    def _add_up(self) -> None:
+        """Add the batches of all ranks to the epoch; each rank has the same number of them.
+
+        A rank's loss is such that their mean is that of the joined batch.
+        """
+        if not self._steps:
+            return
+        device = self._steps[-1][2].device
+        sizes = torch.tensor([step[:2] for step in self._steps], dtype=torch.float64)
+        losses = torch.stack([loss for *_, loss in self._steps]).double().cpu()
+        self._steps = []
+        world = ranks.summed(torch.ones(1), device).item()
+        for structures, atoms, loss in ranks.summed(torch.cat([sizes, losses[:, None]], dim=1), device).tolist():
+            self._epoch["structures"] += structures
+            self._epoch["atoms"] += atoms
+            self._epoch["loss"] += structures * loss / world
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.perf_counter()
 
@@ -81,13 +105,12 @@ class RunReport(Callback):
         self._epoch["validated"] = 1.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AtomicData, batch_idx: int) -> None:
-        self._epoch["structures"] += batch.num_systems
-        self._epoch["atoms"] += batch.num_nodes
         # Lightning divides a loss by the number of batches that are accumulated.
-        self._epoch["loss"] += batch.num_systems * float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self._steps.append((batch.num_systems, batch.num_nodes, outputs["loss"].detach() * trainer.accumulate_grad_batches))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock()
+        self._add_up()
         # Lightning keeps the last validation's metrics; they belong to the epochs that validated.
         stale = () if self._epoch["validated"] else ("val/",)
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and not name.startswith(stale)}
@@ -110,8 +133,17 @@ class RunReport(Callback):
         Raises:
             InputError: the model or the report cannot be written, or a prediction is not finite; the model is saved first.
         """
-        if not trainer.is_global_zero or trainer.interrupted:
+        if trainer.interrupted:
             return
+        if not trainer.is_global_zero:
+            ranks.wait(f"report {trainer.global_step}")
+            return
+        try:
+            self._finish(trainer, pl_module)
+        finally:
+            ranks.tell(f"report {trainer.global_step}")
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging) and not self._ended:
                 # A finished run was resumed: Lightning skips the end of training, where averaged weights are put in place.
@@ -165,13 +197,17 @@ class RunReport(Callback):
                 continue
             energies = "energies are linear element references fitted to the training data, of " if self.fitted else ""
             report.heading(f"Errors, {part} set").text(
-                f"{CONVENTIONS} The baseline of {energies}forces and stress {'' if self.fitted else 'is '}zero, of everything else the "
-                "training mean."
+                f"{CONVENTIONS} {GROUP_CONVENTIONS if table.group_fields() else ''} The baseline of {energies}forces and stress "
+                f"{'' if self.fitted else 'is '}zero, of everything else the training mean."
             )
             if part in self.left_out:
                 report.text(f"Left out: structures with elements that no training structure of their dataset has ({self.left_out[part]}).")
-            report.figure(parity(table.panels()), "Predictions against labels.", alt=f"parity plots, {part} set")
+            if panels := table.panels():
+                report.figure(parity(panels), "Predictions against labels.", alt=f"parity plots, {part} set")
             report.table(table.rows(("dataset",)), "By dataset.")
+            for group in table.group_fields():
+                rows = table.columns(group)
+                report.table(rows[:NUM_COLUMNS], f"Labels of {group}, the worst first ({min(NUM_COLUMNS, len(rows))} of {len(rows):,}).")
             if table.groups("config_type"):
                 report.table(table.rows(("dataset", "config_type")), "By dataset and kind of frame.")
             if table.groups("element"):
@@ -223,8 +259,8 @@ def held_out_errors(trainer: Trainer, potential: Potential, part: str, *, fitted
     device = next(potential.parameters()).device
     # Lightning has moved the model to the CPU by now.
     potential.to(trainer.strategy.root_device)
-    for batch in getattr(trainer.datamodule, f"{part}_dataloader")():  # type: ignore[attr-defined]
-        predictions = evaluate(potential, batch.to(trainer.strategy.root_device))
+    for batch in trainer.datamodule.all_batches(part):  # type: ignore[attr-defined]
+        predictions = evaluate(potential, batch)
         for sample, predicted in zip(batch.cpu().to_list(), split(predictions, batch.cpu()), strict=True):
             if set(sample.numbers.tolist()) <= potential.elements(int(sample.dataset)):
                 add(table, potential, sample, predicted)
@@ -263,7 +299,7 @@ def naive(potential: Potential, field: str, sample: AtomicData, dataset: int) ->
             return None if references is None else references[dataset].cpu()[sample.numbers].sum().reshape(1)
         mean = getattr(getattr(head, "scale", None), "mean", None)
         if mean is not None and FIELDS[field].dtype == "float64":
-            return torch.full_like(sample[field], float(mean[dataset]))
+            return mean[dataset].cpu().to(sample[field].dtype).expand_as(sample[field]).clone()
     return None
 
 

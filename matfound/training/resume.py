@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -13,12 +14,14 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from matfound import unpickle
 from matfound.errors import InputError
+from matfound.training import ranks
 
 
 class ResumePoint(Checkpoint):
     """Writes `last.ckpt` every few steps and at the end of training, so that `--ckpt_path last` goes on from there.
 
-    What falls on the last batch of an epoch is written when the epoch has been validated and is over.
+    What falls on the last batch of an epoch is written when the epoch has been validated and is over. It holds the states of the random
+    number generators of torch (of every process) and numpy too, should training draw any.
 
     Args:
         dirpath: folder; default: `checkpoints` in the run's folder.
@@ -34,6 +37,7 @@ class ResumePoint(Checkpoint):
         self.dirpath, self.every_n_train_steps = dirpath, every_n_train_steps
         self._saved = 0
         self._due = False
+        self._random: list[dict[str, Any]] = []
 
     @property
     def path(self) -> Path:
@@ -46,9 +50,20 @@ class ResumePoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Random numbers. Every rank has to call this."""
+        return {"random": ranks.gathered(random_state())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave; training starts with it."""
+        self._random = list(state.get("random", []))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Batches that only accumulate gradients have the step of the checkpoint that was resumed from.
         self._saved, self._due = trainer.global_step, False
+        if self._random:
+            set_random_state(self._random[trainer.global_rank % len(self._random)])
+            self._random = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -69,6 +84,23 @@ class ResumePoint(Checkpoint):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
         self._saved, self._due = trainer.global_step, False
+
+
+def random_state() -> dict[str, Any]:
+    """Of torch (CPU, and this process's GPU) and numpy, as plain values."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [keys, position, has_gauss, gauss]}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(("MT19937", *state["numpy"]))  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def resume_file(folder: str | os.PathLike[str]) -> Path:

@@ -90,7 +90,11 @@ def put(content: dict[str, Any], keys: tuple[Any, ...], value: Any) -> None:
 REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "unknown key": (("trainer", "max_epoch"), 3, "{file}: trainer: unknown key 'max_epoch' (did you mean 'max_epochs'?)"),
     "missing section": (("data",), None, "{file}: data: the key 'datasets' is missing"),
-    "unknown field": (("model", "targets", 0, "field"), "energi", "{file}: unknown field 'energi' (did you mean 'energy'?"),
+    "unknown field": (
+        ("model", "targets", 0, "field"),
+        "energi",
+        "{file}: no head of the model predicts the target 'energi' (did you mean 'energy'?",
+    ),
     "target without a head": (("model", "targets", 0, "field"), "gap", "{file}: no head of the model predicts the target 'gap'"),
     "no budget": (("data", "batch_size"), None, "{file}: no batch budget is set"),
     "two ways to split": (("data", "split"), {"by": "formula", "stratify": "formula"}, "{file}: a split is either by a key or stratified"),
@@ -99,7 +103,23 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "bad decay": (("trainer", "callbacks", 0, "init_args", "decay"), 7, "{file}: Invalid decay value 7.0 provided."),
     "bad accelerator": (("trainer", "accelerator"), "abacus", "{file}: You selected an invalid accelerator name"),
     "no such accelerator": (("trainer", "accelerator"), "tpu", "{file}: "),
-    "several devices": (("trainer", "devices"), 2, "{file}: a run has one process, received 2 (set trainer.devices"),
+    "several processes from within a program": (
+        ("trainer", "devices"),
+        2,
+        "{file}: a run of 2 processes has to be started as a command (run matfound fit …, or set trainer.devices to 1)",
+    ),
+    "a split of another dataset": (
+        ("data", "split"),
+        {"molecule": {"by": "id"}},
+        "{file}: data.split has 'molecule', which is no dataset (did you mean 'molecules'?)",
+    ),
+    "a split of a dataset": (
+        ("data", "split"),
+        {"molecules": {"sed": 3}},
+        "{file}: data.split.molecules: unknown key 'sed' (did you mean 'seed'?)",
+    ),
+    "weights": (("data", "weights"), {"molecule": 3}, "{file}: data.weights has 'molecule', which is no dataset (did you mean"),
+    "place of graphs": (("data", "graphs"), "devise", "{file}: data.graphs: expected auto, workers, device, received 'devise'"),
     "no checkpoints": (("trainer", "enable_checkpointing"), False, "{file}: "),
     "vocabulary": (
         ("model", "potential", "init_args", "datasets"),

@@ -99,12 +99,12 @@ TYPES = [
     (
         "model.targets[0].loss",
         "hubert",
-        "model.targets[0].loss: expected mae, mse, huber, l2norm, cross_entropy, received 'hubert' (did you",
+        "model.targets[0].loss: expected mae, mse, huber, l2norm, cross_entropy, bce, received 'hubert' (did you",
     ),
     (
         "model.targets[0].metrics",
         ["mea"],
-        "model.targets[0].metrics[0]: expected mae, rmse, accuracy, received 'mea' (did you mean 'mae'?)",
+        "model.targets[0].metrics[0]: expected mae, rmse, accuracy, auroc, ap, received 'mea' (did you mean 'mae'?)",
     ),
     ("model.targets[0].weight", "heavy", "model.targets[0].weight: expected a number, received 'heavy'"),
     ("model.optimizer", 3, "model.optimizer: expected a class_path with init_args (Optimizer), received 3"),

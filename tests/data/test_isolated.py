@@ -7,7 +7,7 @@ import ase.io
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from matfound.data.isolated import check_labels, energies, is_isolated, merged, read
+from matfound.data.isolated import energies, is_isolated, merged, read
 from matfound.data.open import open_dataset
 from matfound.errors import InputError
 from matfound.structures.atomic_data import AtomicData
@@ -102,6 +102,6 @@ def test_labels_of_the_other_frames(write) -> None:
     for molecule in frames[1:]:
         molecule.calc = SinglePointCalculator(molecule, energy=-31.0, forces=molecule.positions)
     dataset = open_dataset(write(*frames), allow_missing=True)
-    check_labels(dataset, [1, 2])
+    dataset.check_labels([1, 2])
     with pytest.raises(InputError, match=r"frame 0: label 'forces' is missing, but 2 of 3 frames of the file have it .*--allow-missing"):
-        check_labels(dataset, [0, 1, 2])
+        dataset.check_labels([0, 1, 2])

@@ -174,3 +174,33 @@ def test_the_folder_inside_the_folder(folder):
             path.rename(inner / path.name)
     with pytest.raises(InputError, match=rf"did you mean {inner}\?"):
         open_dataset(folder)
+
+
+def test_a_bad_frame_is_one_problem_and_not_the_end_of_the_archive(folder):
+    file = folder / "2.extxyz"
+    lines = file.read_text().splitlines()
+    second = int(lines[0]) + 2  # of three frames
+    words = lines[second + 3].split()
+    lines[second + 3] = " ".join(["nan" if i == len(words) - 2 else word for i, word in enumerate(words)])
+    file.write_text("\n".join(lines) + "\n")
+    dataset = OC20Archives(folder)
+    found = dict(dataset.scan(0, 9))
+    assert [i for i, frame in found.items() if isinstance(frame, InputError)] == [4]
+    assert (found[4].file, found[4].frame) == (str(file), 1)
+    assert found[5].data.id == "5_20"
+    with pytest.raises(InputError, match=r"2\.extxyz: frame 1: "):
+        dataset.get(4)
+    assert dataset.get(5).id == "5_20"
+    dataset.release()
+    assert [source._frames for source in dataset.sources] == [None] * 3
+    assert dataset.get(5).id == "5_20"
+    assert [frame.info["sid"] for i, frame in dataset.scan(5, 7)] == ["random5", "random6"]
+
+
+def test_a_scan_keeps_nothing(folder):
+    dataset = OC20Archives(folder, total_energy=True)
+    scanned = [frame.data for _, frame in dataset.scan(0, 9)]
+    assert [source._frames for source in dataset.sources] == [None] * 3
+    for i, data in enumerate(scanned):
+        again = dataset.get(i)
+        assert again.id == data.id and torch.equal(again.forces, data.forces) and torch.equal(again.energy, data.energy)

@@ -1,4 +1,5 @@
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -6,13 +7,19 @@ import shutil
 import sys
 import zlib
 
+import ase
 import ase.db
 import lmdb
 import numpy as np
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixedLine
 from torch.utils.data import DataLoader
 
+from matfound.data import omat24
+from matfound.data.dataset import to_frame
+from matfound.data.files import row_atoms
 from matfound.data.omat24 import AseLmdbDataset
 from matfound.data.open import open_dataset
 from matfound.errors import InputError
@@ -170,7 +177,7 @@ def test_missing_rows_and_no_rows(folder, frames):
     path = folder / "data.0000.aselmdb"
     with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
         txn.delete(b"3")
-    with pytest.raises(InputError, match="frame 2: a row cannot be read: KeyError"):
+    with pytest.raises(InputError, match="frame 2: the row is missing: there is no key '3'"):
         open_dataset(path).get(2)
     (folder / "sub").mkdir()
     with pytest.raises(InputError, match=r"no \.aselmdb files in this folder"):
@@ -262,3 +269,150 @@ def test_a_slice_of_each_file(folder, frames):
     assert energies(dataset) == [frames[i].calc.results["energy"] for i in (0, 1, 7, 8)]
     assert dataset.place(3) == (str(folder / "data.0001.aselmdb"), 1)
     assert dataset.natoms(3) == len(frames[8])
+
+
+# Rows are read without ASE; what comes out is what ASE makes of them.
+
+
+def same_frames(mine, theirs):
+    assert mine.data.keys() == theirs.data.keys()
+    for name, value in theirs.data:
+        assert torch.equal(mine.data[name], value) if isinstance(value, torch.Tensor) else mine.data[name] == value, name
+    for found, expected in ((mine.info, theirs.info), (mine.arrays, theirs.arrays)):
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            same_values(found[name], value)
+
+
+def same_values(mine, theirs):
+    assert type(mine) is type(theirs)
+    if isinstance(theirs, dict):
+        assert list(mine) == list(theirs)
+        for name, value in theirs.items():
+            same_values(mine[name], value)
+        return
+    if isinstance(theirs, np.ndarray):
+        assert mine.dtype == theirs.dtype
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def odd_rows(frames):
+    """Rows with everything that a row may have; whether the quick reader knows them, and what `db.write` is given besides."""
+    copper, slab = frames[0], frames[1]
+    fixed = copper.copy()
+    fixed.calc = copper.calc
+    fixed.set_constraint(FixAtoms([0, 2]))
+    two = copper.copy()
+    two.set_constraint([FixAtoms([0]), FixAtoms([1])])
+    line = copper.copy()
+    line.set_constraint(FixedLine(0, [0, 0, 1]))
+    magnetic = copper.copy()
+    magnetic.set_initial_magnetic_moments([1, 2, 3, 4])
+    magnetic.calc = SinglePointCalculator(magnetic, energy=1.0, magmoms=np.ones(4), dipole=np.ones(3))
+    moving = copper.copy()
+    moving.set_velocities(np.ones((4, 3)))
+    molecule = ase.Atoms("OH", [[0, 0, 0], [0, 0, 1.0]])
+    tagged = slab.copy()
+    tagged.calc = slab.calc
+    tagged.set_tags(range(len(slab)))
+    isotope = copper.copy()
+    isotope.set_masses([63, 65, 63, 65])
+    return [
+        (copper, True, {}),
+        (fixed, True, {"kind": "a", "flag": True, "number": 2.5, "count": 3}),
+        (tagged, True, {"data": {"sid": "x", "n": 1}, "energy_above": 0.5}),
+        (copper.copy(), True, {"data": {"sid": "x"}, "sid": 3}),
+        (two, False, {}),
+        (line, False, {}),
+        (magnetic, False, {}),
+        (moving, False, {}),
+        (isotope, False, {}),
+        (molecule, True, {}),
+        (copper, False, {"data": {"deep": {"array": np.arange(6.0).reshape(2, 3), "list": [1, 2], "1": "one"}, "when": None}}),
+        (copper, False, {"data": {"7": "seven", "vector": [1.0, 2.0]}}),
+        (copper, False, {"data": {"complex": np.array([1 + 2j]), "words": np.array(["a", "bc"])}}),
+    ]
+
+
+def test_rows_are_what_ase_makes_of_them(tmp_path, frames, shared_data):
+    rows = odd_rows(frames)
+    with ase.db.connect(str(tmp_path / "x.aselmdb"), type="aselmdb", append=False) as db:
+        for atoms, _, given in rows:
+            db.write(atoms, **given)
+    del db
+    gc.collect()
+    files = {tmp_path / "x.aselmdb": [quick for _, quick, _ in rows], tmp_path / "real.aselmdb": [True] * 4}
+    shutil.copy(shared_data / "data/oc20/omat_like_ref.aselmdb", tmp_path / "real.aselmdb")
+    for file, known in files.items():
+        dataset = AseLmdbDataset(file, allow_missing=True)
+        source = dataset.sources[0]
+        mine = [dataset.frame(i) for i in range(len(dataset))]
+        sizes = dataset.sizes().tolist()
+        assert [omat24._quick(omat24._decompressed(source.row(i))) is not None for i in range(len(dataset))] == known
+        del source, dataset
+        gc.collect()
+        db = ase.db.connect(str(file), type="aselmdb", readonly=True, use_lock_file=False)
+        for i, row in enumerate(db.select()):
+            same_frames(mine[i], to_frame(row_atoms(row), None, str(file), i, label=f"{file.parent.name}/{file.name}"))
+            assert sizes[i] == row.natoms
+        del db
+        gc.collect()
+
+
+def test_values_that_only_look_usual_go_to_ase(folder):
+    path = folder / "data.0000.aselmdb"
+    array = {"__ndarray__": [[2], "int64", [29, 29]]}
+    row = {
+        "numbers": array, "positions": {"__ndarray__": [[2, 3], "float64", [0.0, 0, 0, 0, 0, 2.5]]},
+        "cell": {"__ndarray__": [[3, 3], "float64", [9.0, 0, 0, 0, 9.0, 0, 0, 0, 9.0]]},
+        "pbc": {"__ndarray__": [[3], "bool", [True, True, True]]}, "energy": -1.5,
+    }  # fmt: skip
+    odd = [
+        row,
+        {**row, "tags": {"__ndarray__": [[2], "int32", [0, 1]]}},
+        {**row, "cell": [[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0]]},
+        {**row, "forces": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]},
+        {**row, "new": 1},
+        {**row, "energy": float("nan")},
+        {**row, "numbers": {"__ndarray__": [[3], "int64", [29, 29]]}},
+        {**row, "key_value_pairs": [1]},
+        [row],
+    ]
+    with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
+        for i, values in enumerate(odd, start=1):
+            txn.put(f"{i}".encode(), zlib.compress(json.dumps(values).encode()))
+        txn.put(b"nextid", zlib.compress(f"{len(odd) + 1}".encode()))
+    dataset = AseLmdbDataset(path, allow_missing=True)
+    assert len(dataset) == len(odd)
+    found = dict(dataset.scan(0, len(odd)))
+    assert [isinstance(frame, InputError) for frame in found.values()] == [False] * 5 + [True] * 4
+    assert found[1].data.tags.tolist() == [0, 1]
+    assert found[3].data.forces.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert "'energy' is not finite" in str(found[5])
+    for i in range(5, 9):
+        assert found[i].frame == i and found[i].file == str(path)
+
+
+def test_ids_that_cannot_be(folder):
+    path = folder / "data.0000.aselmdb"
+    for key, value, words in (
+        (b"nextid", b"100000000000", "'nextid' promises 99999999999 rows, but the file has"),
+        (b"deleted_ids", b'"text"', "not a readable .aselmdb database"),
+        (b"nextid", b'{"a": 1}', "not a readable .aselmdb database"),
+    ):
+        with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
+            txn.put(key, zlib.compress(value))
+        with pytest.raises(InputError, match=words):
+            open_dataset(path)
+
+
+def test_a_row_that_is_cut_off(folder):
+    path = folder / "data.0000.aselmdb"
+    with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
+        txn.put(b"2", bytes(txn.get(b"2"))[:-30])
+        txn.put(b"3", b"")
+    dataset = AseLmdbDataset(path)
+    for i in (1, 2):
+        with pytest.raises(InputError, match=rf"frame {i}: a row cannot be read: ValueError: its compressed data is cut off"):
+            dataset.get(i)
+    assert dataset.natoms(0) == 4

@@ -1,10 +1,13 @@
 """Batches: every sample once, no budget exceeded, the same order for the same seed and epoch."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matfound.data import samplers
 from matfound.data.samplers import BudgetBatchSampler, check_budget
 from matfound.errors import InputError
 
@@ -75,3 +78,70 @@ def test_budgets_that_make_no_batches():
     for name in ("batch_size", "max_atoms", "max_edges"):
         with pytest.raises(InputError, match=f"{name} must be at least 1, received 0"):
             check_budget(**{name: 0})
+
+
+def one_by_one(order: list[int], natoms: list[int], nedges: list[int], limits: dict[str, int | None]) -> list[list[int]]:
+    """The rule, sample by sample: a batch takes the next one for as long as it fits."""
+    batches: list[list[int]] = []
+    for i in order:
+        more = [*batches[-1], i] if batches else []
+        used = {"batch_size": len(more), "max_atoms": sum(natoms[j] for j in more), "max_edges": sum(nedges[j] for j in more)}
+        if more and all(limit is None or used[name] <= limit for name, limit in limits.items()):
+            batches[-1] = more
+        else:
+            batches.append([i])
+    return batches
+
+
+@SETTINGS
+@given(SIZES, LIMITS, st.integers(0, 5), st.integers(1, 9))
+def test_cuts_are_those_of_the_rule(sizes, limits, seed, block):
+    """... whatever the size of the blocks in which they are found."""
+    natoms, nedges = [a for a, _ in sizes], [e for _, e in sizes]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(samplers, "BLOCK", block)
+    sampler = BudgetBatchSampler(np.array(natoms, dtype=np.int32), nedges, **limits, shuffle=True, seed=seed, epoch=3)
+    patch.undo()
+    order = np.random.default_rng([seed, 3]).permutation(len(sizes)).tolist()
+    assert list(sampler) == one_by_one(order, natoms, nedges, limits)
+
+
+@SETTINGS
+@given(SIZES, LIMITS, st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=4), st.integers(1, 5))
+def test_ranks_share_batches_out(sizes, limits, runs, world):
+    """Whatever numbers of ranks began the epoch, and after however many steps each was interrupted: every batch is had once."""
+    natoms, nedges = [a for a, _ in sizes], [e for _, e in sizes]
+    options = {"shuffle": True, "seed": 1, "epoch": 2, **limits}
+    whole = list(BudgetBatchSampler(natoms, nedges, **options))
+    had: list[list[int]] = []
+    consumed = steps = 0
+    for ranks, until in [*runs, (world, 10**6)]:
+        shares = [
+            BudgetBatchSampler(natoms, nedges, **options, skip=consumed, steps=steps, rank=rank, world=ranks) for rank in range(ranks)
+        ]
+        taken = [list(share)[:until] for share in shares]
+        lengths = {len(batches) for batches in taken}
+        assert len(lengths) == 1 and {len(share) for share in shares} == {steps + len(list(shares[0]))}
+        for step in zip(*taken, strict=True):
+            had += [batch for batch in step if batch]
+            empty = [not batch for batch in step]
+            assert empty == sorted(empty) and not all(empty)  # the first ranks have the last batches
+        steps += lengths.pop()
+        consumed += len(taken[0]) * ranks
+    assert had == whole
+
+
+def test_a_given_order():
+    sampler = BudgetBatchSampler([1, 2, 3], max_atoms=4, shuffle=True, order=np.array([2, 0, 2, 1, 1]))
+    assert list(sampler) == [[2, 0], [2], [1, 1]]
+
+
+def test_memory():
+    """Millions of samples are arrays, not lists."""
+    natoms = np.random.default_rng(0).integers(20, 225, 1_000_000).astype(np.int32)
+    tracemalloc.start()
+    sampler = BudgetBatchSampler(natoms, batch_size=64, max_atoms=5000, shuffle=True)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(sampler) > 20_000
+    assert kept < 6e6 and peak < 40e6

@@ -11,8 +11,8 @@ from matfound.errors import InputError
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
 from matfound.structures.ase import from_atoms
-from matfound.structures.atomic_data import collate
-from matfound.structures.molecules import from_selfies, from_smiles, to_selfies, to_smiles
+from matfound.structures.atomic_data import check, collate
+from matfound.structures.molecules import Molecule, from_selfies, from_smiles, to_selfies, to_smiles
 
 MOLECULES = [
     "C", "CCO", "c1ccccc1", "[NH4+]", "CC(=O)[O-]", "C[N+](=O)[O-]", "c1cc[nH]c1", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "[Na+].[Cl-]",
@@ -183,3 +183,107 @@ def test_smiles_of_real_sets(shared_data, name):
     for i, row in enumerate(rows):
         smiles = row.get("smiles") or row["SMILES"]
         assert to_smiles(from_smiles(smiles, hydrogens=i % 2 == 0)) == canonical(smiles)
+
+
+def test_atoms_keep_the_order_of_the_string():
+    data = from_smiles("[H]OC([H])C")
+    assert data.numbers.tolist() == [1, 8, 6, 1, 6, 1, 1, 1, 1]
+    assert from_smiles("[H]OC([H])C", hydrogens=False).numbers.tolist() == [8, 6, 6]
+    assert Molecule("[H]OC([H])C").rows(hydrogens=False) == [1, 2, 4]
+    assert from_smiles("[H][H]", hydrogens=False).numbers.tolist() == [1, 1]
+
+
+def test_coordinates_in_the_string():
+    text = "[H]O[H] |(0,0,0.5;1,0,0;1.5,1,-2)|"
+    assert from_smiles(text).pos.tolist() == [[0, 0, 0.5], [1, 0, 0], [1.5, 1, -2]]
+    assert from_smiles(text, hydrogens=False).pos.tolist() == [[1, 0, 0]]
+    assert Molecule(text).has_pos()
+    flat, partly = "CO |(0,0,;1,0,)|", "CO |(0,0,0.1;1,0,0)|"
+    assert "pos" not in from_smiles(flat)
+    assert "pos" not in from_smiles(partly), "the hydrogens have none"
+    assert from_smiles(partly, hydrogens=False).pos.tolist() == [[0, 0, 0.1], [1, 0, 0]]
+    assert from_smiles(text, conformer_seed=1).pos.tolist() != from_smiles(text).pos.tolist()
+
+
+@pytest.mark.parametrize(
+    ("smiles", "count", "rows"),
+    [
+        ("CCO", 3, [0, 1, 2]),
+        ("[CH3:0][CH2:2][OH:1]", 3, [0, 2, 1]),
+        ("[CH3:3][CH2:1][OH:2]", 3, [2, 0, 1]),
+        ("[H:3][C:0]([H:1])([H:2])[H:4]", 5, [3, 0, 1, 2, 4]),
+        ("[H:3][C:0]([H:1])([H:2])[H:4]", 1, [-1, 0, -1, -1, -1]),
+        ("[H:1][O:2][H:3]", 1, [-1, 0, -1]),  # the map of the heavy atom is not the first
+        ("[H]OC", 2, [-1, 0, 1]),
+        ("[H]OC", 3, [0, 1, 2]),
+        ("[H][O:1][CH3:0]", 2, [-1, 1, 0]),
+        ("[CH4:0]", 1, [0]),
+        ("[CH4:1]", 1, [0]),
+        ("[H:1][H:0]", 2, [1, 0]),
+    ],
+)
+def test_labels_follow_atom_maps(smiles, count, rows):
+    molecule = Molecule(smiles)
+    found = molecule.label_rows(count).tolist()
+    assert found[: len(rows)] == rows
+    assert set(found[len(rows) :]) <= {-1}
+    assert not any(atom.GetAtomMapNum() for atom in molecule.mol.GetAtoms())
+
+
+@pytest.mark.parametrize(
+    ("smiles", "count", "match"),
+    [
+        ("[C:0]([H:1])([H:2])([H:3])[O:4][H:5]", 5, "wrong label length: 5 labels, 2 heavy atoms, 6 atoms .give one label"),
+        ("CCO", 4, "wrong label length: 4 labels, 3 heavy atoms, 3 atoms"),
+        ("CCO", 9, "3 atoms in the SMILES: hydrogens that it does not list have no order"),
+        ("[CH3:1][OH:3]", 2, "the atom maps of .* are not 0 to n-1 or 1 to n"),
+        ("[CH3:1][OH:1]", 2, "are not 0 to n-1 or 1 to n, once each"),
+        ("[CH3:1]O", 2, "1 heavy atoms of .* have no atom map"),
+    ],
+)
+def test_labels_that_do_not_fit(smiles, count, match):
+    with pytest.raises(InputError, match=match):
+        Molecule(smiles).label_rows(count)
+
+
+def test_atom_maps_change_nothing_else():
+    mapped = from_smiles("[O:7]=[C:3]([O-:0])[CH3:1]")
+    plain = from_smiles("O=C([O-])C")
+    assert all(torch.equal(mapped[name], plain[name]) for name in ("numbers", "formal_charges", "bond_index", "bond_type"))
+    assert to_smiles(mapped) == "CC(=O)[O-]"
+
+
+def test_unusual_bonds_are_refused():
+    for smiles in ("[NH3]->[Pt](Cl)Cl", "C[Fe](<-N)C", "[Re]$[Re]"):
+        with pytest.raises(InputError, match="has a bond of type"):
+            from_smiles(smiles)
+    assert from_smiles("C[Hg]C", hydrogens=False).bond_type.tolist() == [1] * 4
+
+
+def test_bonds_of_many_molecules(shared_data):
+    """The fast way to bonds gives what RDKit says of each."""
+    with gzip.open(shared_data / "data" / "molecules" / "tox21_7831_chembench.csv.gz", "rt") as file:
+        rows = [row["smiles"] for row in itertools.islice(csv.DictReader(file), 0, 1500, 5)]
+    kinds = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}
+    for smiles in rows:
+        try:
+            data = from_smiles(smiles)
+        except InputError:
+            continue
+        mol = Molecule(smiles).mol
+        expected = sorted(
+            (b, a, kinds[str(bond.GetBondType())])
+            for bond in mol.GetBonds()
+            for a, b in itertools.permutations((bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()))
+        )
+        assert list(zip(data.bond_index[1].tolist(), data.bond_index[0].tolist(), data.bond_type.tolist(), strict=True)) == expected
+        assert data.numbers.tolist() == [atom.GetAtomicNum() for atom in mol.GetAtoms()]
+        assert data.formal_charges.tolist() == [atom.GetFormalCharge() for atom in mol.GetAtoms()]
+        assert data.spin.item() == sum(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms())
+        check(data)
+
+
+def test_seeds_of_rdkit():
+    with pytest.raises(InputError, match="conformer_seed must be at least 0 and below 2.31"):
+        from_smiles("C", conformer_seed=2**31)
+    assert from_smiles("C", conformer_seed=2**31 - 1).pos.shape == (5, 3)

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from matfound.errors import InputError
 from matfound.models.base import Potential
-from matfound.structures.atomic_data import collate
+from matfound.structures.atomic_data import collate, empty_batch
 from matfound.tasks.multitask import MultiTask
 from matfound.tasks.target import Target
 from matfound.training.optim import WarmupCosine
@@ -105,6 +105,56 @@ def test_labels_that_are_all_missing(make, batch):
     loss = module.training_step(batch(("water", {"gap": double(torch.nan), "charges": double(*[torch.nan] * 3)})), 0)
     assert loss.item() == 0
     loss.backward()
+
+
+def test_a_batch_of_no_structures(make):
+    """What a process gets that has run out of batches."""
+    module = make(*[target(field) for field in ("energy", "forces", "gap", "phase")])
+    loss = module.training_step(empty_batch(), 0)
+    assert loss.item() == 0 and module.logged == {}
+    loss.backward()
+    idle = {name for name, _ in module.named_parameters() if name.startswith(("potential.heads.charges", "potential.heads.site"))}
+    for name, parameter in module.named_parameters():  # heads without a target learn nothing, and must not shrink
+        assert (parameter.grad is None) if name in idle else not parameter.grad.any(), name
+    module.eval()
+    module.validation_step(empty_batch(), 0)
+    module.on_validation_epoch_end()
+    assert module.logged == {}
+
+
+def test_every_parameter_gets_a_gradient_in_every_batch(make, batch):
+    """Also where a batch has no label of a target: an optimizer goes on with them, in one process as in several."""
+    module = make(target("gap"), target("charges"))
+    module.training_step(batch(("water", {"gap": double(1.0)})), 0).backward()
+    assert all(not p.grad.any() for p in module.potential.heads["charges"].parameters())
+    assert any(p.grad.any() for p in module.potential.heads["gap"].parameters())
+
+
+def test_loss_of_the_validation_set_does_not_depend_on_its_batches(make, batch):
+    module = make(target("gap"), target("charges", weight=3.0))
+    module.eval()
+    entries = [("water", {"gap": double(float(i))} if i % 2 else {"charges": double(i, torch.nan, 1.0)}) for i in range(5)]
+    found = []
+    for sizes in ([5], [1, 4], [2, 2, 1]):
+        start = 0
+        for size in sizes:
+            module.validation_step(batch(*entries[start : start + size]), 0)
+            start += size
+        module.on_validation_epoch_end()
+        found.append(module.logged["val/loss"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-12)
+    whole = module.training_step(batch(*entries), 0)
+    assert whole.item() == pytest.approx(found[0], rel=1e-12)
+
+
+def test_energies_that_references_explain_keep_a_sensible_scale(make, structure):
+    """Fewer structures than elements leave only rounding to divide by."""
+    module = make(target("energy"), target("forces"))
+    forces = double([0.0, 0, 2.0], [0, 0, -1.0], [0, 0, -1.0])
+    attach(module, Data([structure("water", energy=double(-2026.0), forces=forces)]), max_epochs=1)
+    module.setup("fit")
+    assert module.scales.energy[0].item() == pytest.approx(0.01 * (6 / 9) ** 0.5)
+    assert (module.potential.heads["energy"].table.scale > 0.1).all()
 
 
 def test_weight_zero_only_measures(make, batch):

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matfound.errors import InputError
+from matfound.fields import FIELDS, group
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
-from matfound.structures.atomic_data import AtomicData
-from matfound.tasks.statistics import collect, fit_references
+from matfound.structures.atomic_data import AtomicData, collate, empty_batch
+from matfound.tasks.statistics import References, collect, fit_references
 
 ELEMENTS = {1: -13.6, 6: -1030.0, 8: -2040.0}
 
@@ -88,3 +89,83 @@ def test_forces_and_neighbours() -> None:
 def test_nothing_to_learn_from() -> None:
     with pytest.raises(InputError, match="holds no atoms"):
         collect([], ["a"])
+
+
+def labelled(seed: int, count: int = 60) -> list[AtomicData]:
+    """Structures of two datasets with labels of every kind, many missing."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        formula = rng.choice(["H2", "CH4", "CO2", "H2O", "C2H6O", "CO"])
+        natoms = len(ase.Atoms(formula))
+        data = structure(formula, int(rng.integers(2)))
+        if rng.random() < 0.8:
+            data.energy = energy(formula, rng.normal())
+        if rng.random() < 0.5:
+            data.forces = torch.tensor(rng.normal(size=(natoms, 3)))
+            data.forces[0] = torch.nan
+        if rng.random() < 0.5:
+            data.gap = torch.tensor(rng.normal(size=1))
+        values = rng.normal(size=(1, 3)) * 100 + 1e4
+        values[rng.random((1, 3)) < 0.4] = np.nan
+        data.some = torch.tensor(values)
+        data.sites = torch.tensor(rng.integers(-1, 2, (natoms, 2)))
+        samples.append(add_graphs(data, {"main": GraphSpec(3.0)}))
+    return samples
+
+
+@pytest.fixture
+def groups():
+    group("some", ["a", "b", "c"])
+    group("sites", 2, level="atom", dtype="int64")
+    yield
+    for name in ("some", "sites"):
+        FIELDS.pop(name)
+
+
+@pytest.mark.usefixtures("groups")
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_batches_are_their_structures(size: int) -> None:
+    samples = labelled(0)
+    one = collect(samples, ["a", "b"])
+    several = collect([empty_batch(), *(collate(samples[i : i + size]) for i in range(0, 60, size))], ["a", "b"])
+    torch.testing.assert_close(several.references, one.references, rtol=1e-12, atol=1e-9, equal_nan=True)
+    assert several.avg_neighbors == one.avg_neighbors
+    assert sorted(several.rms) == sorted(one.rms) == ["energy", "forces", "gap", "some"]
+    assert sorted(several.mean) == sorted(one.mean) == ["forces", "gap", "sites", "some"]
+    for found, expected in ((several.rms, one.rms), (several.mean, one.mean)):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, equal_nan=True)
+    values = torch.cat([sample.some for sample in samples if sample.dataset == 1])[:, 2]
+    values = values[~values.isnan()]
+    assert one.mean["some"][1, 2].item() == pytest.approx(values.mean().item())
+    assert one.spread("some")[1, 2].item() == pytest.approx(values.std(unbiased=False).item())
+    sites = torch.cat([sample.sites for sample in samples if sample.dataset == 0])[:, 1]
+    assert one.mean["sites"][0, 1].item() == pytest.approx((sites == 1).sum().item() / (sites >= 0).sum().item())
+
+
+def test_compositions_of_millions_take_the_room_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triangle that takes their place has the same solution, also where it is not unique, and the same residual."""
+    rng = np.random.default_rng(3)
+    counts = np.zeros((500, 119), dtype=np.int64)
+    counts[:, [1, 6, 8]] = rng.integers(1, 9, (500, 3))
+    counts[:, 17] = 2 * counts[:, 1]  # never without each other
+    energies = counts @ rng.normal(size=119) * 100 + rng.normal(size=500)
+    expected, residual = fit_references(counts.astype(float), energies)
+    monkeypatch.setattr("matfound.tasks.statistics.MAX_ROWS", 64)
+    references = References()
+    for piece in np.array_split(np.arange(500), 23):
+        references.add(counts[piece], energies[piece])
+        assert references._held <= 64
+    fitted, spread = references.fit()
+    np.testing.assert_allclose(fitted, expected, rtol=1e-8, atol=1e-8)
+    assert spread == pytest.approx(np.sqrt(np.mean(residual**2)), rel=1e-8)
+    assert references.structures == 500
+
+
+def test_energies_that_references_explain_have_no_spread() -> None:
+    """Fewer structures than elements: what is left is rounding, and no scale."""
+    found = collect([structure("CH4", 0, energy=energy("CH4", 0.1)), structure("H2O", 0, energy=energy("H2O"))], ["a"])
+    assert found.rms["energy"].item() == 0
+    missing = structure("CO2", 0, energy=torch.tensor([torch.nan], dtype=torch.float64))
+    assert collect([structure("H2", 0, energy=energy("H2")), missing], ["a"]).references[0, 1].item() == pytest.approx(ELEMENTS[1])

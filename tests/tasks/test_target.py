@@ -171,7 +171,7 @@ def test_bad_arguments(arguments, message, monkeypatch):
     # Users have no import hook that checks types, and give what they like.
     monkeypatch.setattr(Target, "__init__", inspect.unwrap(Target.__init__))
     with pytest.raises(InputError, match=message):
-        Target(**arguments)
+        Target(**arguments).check()
 
 
 def test_a_label_of_edges_is_refused():

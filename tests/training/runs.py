@@ -16,29 +16,46 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 HERE = Path(__file__).resolve().parent
 
-#: Imports once, then forks a process for every command: importing torch takes longer than the runs.
+#: Imports once, then forks a process for every command, or as many as there are ranks, as torchrun would start them: importing torch
+#: takes longer than the runs.
 SERVER = """
-import json, os, resource, signal, sys
+import json, os, resource, signal, socket, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, a CI run say, ignores it
 from matfound.cli.main import main
 import matfound.cli.lightning, matfound.models.nequip, matfound.data.files, matfound.report.html, matfound.report.plots
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 matfound.report.html.Report.figure = lambda self, *args, **options: self  # drawing takes longer than training
 print("ready", flush=True)
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+def start(command, rank, port):
+    process = os.fork()
+    if process:
+        return process
+    output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    if command["limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
+    if command["ranks"] > 1:
+        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(command["ranks"]), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        rank_zero_only.rank = rank
+    code = main(command["argv"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
 for line in sys.stdin:
     command = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        if command["limit"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
-        code = main(command["argv"])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(process, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+    port = free_port()
+    processes = [start(command, rank, port) for rank in range(command["ranks"])]
+    print(json.dumps(processes), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]), flush=True)
 """
 
 
@@ -47,11 +64,13 @@ class Run:
 
     def __init__(self, server: "Server", output: Path) -> None:
         self.server, self.output = server, output
-        self.pid = int(server.read())
+        self.pids: list[int] = json.loads(server.read())
+        self.codes: list[int] = []
 
     def wait(self) -> int:
-        """Its exit code; minus the signal that killed it."""
-        return int(self.server.read())
+        """Its exit code (of the first rank); minus the signal that killed it."""
+        self.codes = json.loads(self.server.read())
+        return self.codes[0]
 
     @property
     def text(self) -> str:
@@ -59,7 +78,8 @@ class Run:
         return self.output.read_text()
 
     def kill(self, number: int) -> None:
-        os.kill(self.pid, number)
+        for process in self.pids:
+            os.kill(process, number)
 
 
 class Server:
@@ -79,10 +99,10 @@ class Server:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def start(self, *argv: object, output: Path, limit: int = 0) -> Run:
-        """Start `matfound ARGV`, with files of at most `limit` bytes."""
+    def start(self, *argv: object, output: Path, limit: int = 0, ranks: int = 1) -> Run:
+        """Start `matfound ARGV`, with files of at most `limit` bytes, in as many processes as there are ranks."""
         assert self.process.stdin is not None
-        command = {"argv": [str(word) for word in argv], "output": str(output), "limit": limit}
+        command = {"argv": [str(word) for word in argv], "output": str(output), "limit": limit, "ranks": ranks}
         print(json.dumps(command), file=self.process.stdin, flush=True)
         return Run(self, output)
 

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends as one that was not."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,46 @@ def test_killed_with(case, server, recipe):
     whole = recipe.copy("whole")
     assert start(server, whole) == 0
     same(whole.run, killed(server, recipe, *stops))
+
+
+@pytest.fixture(scope="module")
+def store(molecules, tmp_path_factory):
+    """The molecules as a store."""
+    from matfound.data.convert import convert
+
+    folder = tmp_path_factory.mktemp("store") / "molecules"
+    convert(molecules, folder)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_with_a_mixture(workers, server, recipe, store):
+    """Files and a store, drawn unevenly, read by workers, and random numbers in training: the same batches and the same weights."""
+    data = recipe.content["data"]
+    data["datasets"]["stored"] = {"class_path": "matfound.data.store.Store", "init_args": {"paths": str(store)}}
+    recipe.content["model"]["potential"]["init_args"]["datasets"] = ["stored", "molecules"]
+    data.update(
+        split={"molecules": {"fractions": {"train": 0.3, "val": 0.1, "test": 0.1}}, "stored": {"by": "id"}},
+        temperature=2.0, samples_per_epoch=44, batch_size=4, cache_frames=0, num_workers=workers,
+    )  # fmt: skip
+    recipe.content["trainer"]["callbacks"].append({"class_path": "recording.Noise"})
+    whole = recipe.copy("whole")
+    for one in (whole, recipe):
+        one.content["trainer"]["callbacks"].append({"class_path": "recording.Record", "init_args": {"file": str(one.folder / "seen")}})
+    assert start(server, whole) == 0
+    same(whole.run, killed(server, recipe, ("on_train_batch_end", 8), ("on_before_optimizer_step", 22)))
+    expected, found = seen(whole.folder / "seen-0"), seen(recipe.folder / "seen-0")
+    assert {key: set(batches) for key, batches in found.items()} == {key: set(batches) for key, batches in expected.items()}
+    assert any(len(batches) > 1 for key, batches in found.items() if key[0] == "train")  # some were trained on twice, all alike
+
+
+def seen(file: Path) -> dict[tuple[str, int, int], list[tuple[str, ...]]]:
+    """Structures by stage, epoch and batch, each time that they were seen."""
+    found: dict[tuple[str, int, int], list[tuple[str, ...]]] = {}
+    for line in file.read_text().splitlines():
+        entry = json.loads(line)
+        found.setdefault((entry["stage"], entry["epoch"], entry["batch"]), []).append(tuple(entry["ids"]))
+    return found
 
 
 def test_interrupted(server, recipe, whole, wait_for):
