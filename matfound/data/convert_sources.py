@@ -82,6 +82,10 @@ def open_origin(paths: Sequence[str], name: str, options: Mapping[str, Any], *, 
         with contextlib.suppress(InputError):  # a table of something else: opened again below, which says what else may be wrong
             return Origin(open_dataset(source, name, **given), kind, files + _option_files(options), given)
         del given["conformers"]
+    if any("://" in path for path in paths):
+        from matfound.data.store import Store
+
+        return Origin(Store(list(paths), name, **given), kind, files, given)
     dataset = open_dataset(source, name, **given)
     given.pop("stream", None)
     return Origin(dataset, kind, files + _option_files(options), given)

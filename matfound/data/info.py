@@ -92,7 +92,7 @@ class Description:
     """What `describe` found. Places are "file: frame N".
 
     Of `frames`, `looked_at` were looked at, and everything counts those; but the labels of tables count `labelled` rows. `problems` are
-    the first rows that cannot be used, `unusable` says how many there are.
+    the first rows that cannot be used, `unusable` says how many there are. `compared` frames could be compared to find duplicates.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Description:
     fields: list[Range]
     config_types: dict[str, int]
     keys: list[Key]
+    compared: int
     duplicates: int
     first_duplicate: tuple[str, str] | None
     warnings: list[str]
@@ -181,6 +182,7 @@ def describe(dataset: Dataset, limit: int | None = LIMIT) -> Description:
         fields=_ranges(survey),
         config_types={} if set(survey.config_types) == {""} else dict(survey.config_types.most_common()),
         keys=_keys(survey),
+        compared=survey.compared,
         duplicates=len(survey.duplicates),
         first_duplicate=(survey.place(first[0]), survey.place(first[1])) if first else None,
         warnings=[*_warnings(survey), *family_warnings(survey)],
@@ -280,6 +282,8 @@ def _content(values: list[Any]) -> str:
         return f"yes or no: {sum(map(bool, values)):,} yes"
     if all(isinstance(value, int | float | np.number) for value in values):
         low, high = min(values), max(values)
+        if all(isinstance(value, int | np.integer) for value in (low, high)):
+            return f"number {low}" if low == high else f"number {low} to {high}"
         return f"number {low:.6g}" if low == high else f"number {low:.6g} to {high:.6g}"
     if all(isinstance(value, str) for value in values):
         return _texts(collections.Counter(values))

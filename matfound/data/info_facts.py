@@ -39,6 +39,23 @@ def family_facts(survey: Survey) -> list[Fact]:
     facts += _systems(survey)
     facts += _subsets(survey)
     facts += _formulas(survey)
+    facts += _stores(survey.dataset)
+    return facts
+
+
+def _stores(dataset: Any) -> list[Fact]:
+    """What the headers of stores say of themselves and of where they come from."""
+    facts: list[Fact] = []
+    for manifest in getattr(dataset, "manifests", ()):
+        shards = f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) != 1)}"
+        left_out = f", {len(manifest.problems):,} rows left out" if manifest.problems else ""
+        facts.append(("store", f"{manifest.rows:,} rows in {shards}, {manifest.bytes:,} bytes{left_out}; matfound {manifest.matfound}"))
+        origin = manifest.provenance
+        sources = [f"{entry['name']} ({entry['bytes']:,} bytes, sha256 {entry['sha256'][:12]}…)" for entry in origin.get("sources", ())]
+        more = f", and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+        options = ", ".join(f"{name} {value!r}" for name, value in origin.get("options", {}).items())
+        made = f" by {origin.get('reader', '?')}" + (f" with {options}" if options else "")
+        facts.append(("made from", ", ".join(sources[:3]) + more + made))
     return facts
 
 

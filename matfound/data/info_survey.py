@@ -83,12 +83,13 @@ class Survey:
         labelled: in how many frames the labels were counted, at most.
         kinds: composition of each frame that can be used, as a row of `compositions()`.
         bare: how many frames are compositions, without positions and bonds.
+        compared: how many frames could be compared to find duplicates: those with positions, or with a SMILES.
         duplicates: pairs of frames that are the same structure, the first of its kind first; `conflicts` are those with other energies.
     """
 
     def __init__(self, dataset: Dataset, frames: Sequence[int]) -> None:
         self.dataset, self.frames = dataset, np.asarray(frames, np.int64)
-        self.labelled = 0
+        self.labelled = self.compared = 0
         self.columns: dict[str, Column] = {}
         self.per_atom = Column("energy per atom", "eV/atom")
         self.groups: dict[str, GroupColumns] = {}
@@ -151,6 +152,7 @@ class Survey:
         counts[list(composition)] = list(composition.values())
         self.numbers.append(i)
         self.natoms.append(int(counts.sum()))
+        self.compared += 1
         self.pbc["FFF"] += 1
         self.config_types[""] += 1
         self._kinds.append(np.array([self._known.setdefault(counts.tobytes(), len(self._known))]))
@@ -280,6 +282,7 @@ class Survey:
         if not self._codes:
             return
         placed = self._placed
+        self.compared = len(placed)
         first = first_of_each(np.concatenate(self._codes), np.concatenate(self._values), lambda k: self.dataset.get(placed[k]))
         repeated = np.flatnonzero(first != np.arange(len(first)))
         if not len(repeated):

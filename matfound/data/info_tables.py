@@ -36,8 +36,6 @@ def is_table(dataset: Dataset) -> bool:
 
 def survey_table(dataset: Dataset, limit: int | None) -> tuple[Survey, list[Fact]]:
     """The survey, with the labels of every row (or of so many that their values can be read in a second), and lines of its own."""
-    from matfound.data.info import chosen
-
     sources: Sequence[TableSource] = dataset.sources  # type: ignore[attr-defined]
     structures = sources[0].layout.structures
     made = type(structures).__name__
@@ -45,15 +43,26 @@ def survey_table(dataset: Dataset, limit: int | None) -> tuple[Survey, list[Fact
     if made == "SmilesRows" and len(structures.columns) == 1 and not of_atoms:
         few = limit is None or len(dataset) <= CHECKED
         survey = Survey(dataset, [])
-        facts = _molecules(survey, sources, chosen(len(dataset), None if few else SAMPLED))
+        facts = _molecules(survey, sources, _picked(sources, None if few else SAMPLED))
         _columns(survey, sources, limit, info=True)
         survey.problems.sort(key=lambda problem: problem[:2])
         return survey, facts
-    survey = Survey(dataset, chosen(len(dataset), None if limit is None else min(limit, LIMITS.get(made, 2_000))))
+    survey = Survey(dataset, _picked(sources, None if limit is None else min(limit, LIMITS.get(made, 2_000))))
     for name in structures.columns if made == "CifRows" else ():
         survey.info.pop(name, None)
     _columns(survey, sources, limit, info=False)
     return survey, []
+
+
+def _picked(sources: "Sequence[TableSource]", limit: int | None) -> list[int]:
+    """Rows to look at: all, or runs of neighbours spread over the table; of a wide table, whose blocks take long to read, the first."""
+    total = sum(source.size for source in sources)
+    if limit is None or total <= limit:
+        return list(range(total))
+    width = max(len(source.table.columns) for source in sources)
+    runs = max(1, min(20, VALUES // (SAMPLED * width), limit))
+    starts = np.linspace(0, total - limit // runs, runs).astype(int) if runs > 1 else np.zeros(1, int)
+    return np.unique(starts[:, None] + np.arange(limit // runs)).tolist()
 
 
 def _blocks(source: "TableSource") -> Iterator["Block"]:

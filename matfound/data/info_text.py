@@ -42,7 +42,8 @@ def render(description: Description) -> Group:
         frames = "1 duplicate" if description.duplicates == 1 else f"{description.duplicates:,} duplicates"
         parts.append(Text(f"! {frames} of earlier structures; the first: {file}: {frame}, the same as {first}", style="yellow"))
     if not description.warnings and not description.duplicates and not description.unusable:
-        parts.append(Text("✓ no duplicates, no overlapping atoms, no suspicious values", style="green"))
+        sure = "no duplicates, no overlapping atoms, " if description.compared else ""
+        parts.append(Text(f"✓ {sure}no suspicious values", style="green"))
     return Group(*parts)
 
 
@@ -83,8 +84,12 @@ def _facts(description: Description) -> Table:
 def _partly(description: Description) -> str:
     if description.looked_at == description.frames:
         return ""
-    labels = "; labels of every one" if description.labelled == description.frames else ""
-    return f" (structures of {description.looked_at:,} were looked at, spread evenly{labels}; --all looks at every one)"
+    labels = ""
+    if description.labelled == description.frames:
+        labels = ", labels of every one"
+    elif description.labelled != description.looked_at:
+        labels = f", labels of the first {description.labelled:,}"
+    return f" (structures of {description.looked_at:,} were looked at{labels}; --all looks at every one)"
 
 
 def _table(*columns: tuple[str, bool], title: str = "") -> Table:

@@ -222,6 +222,11 @@ class TableDataset(SourceDataset):
     def problems(self) -> Sequence[Problem]:
         return self._problems
 
+    def sketch(self, i: int) -> Frame:
+        """As `frame`, but without positions that the table does not have: without the time that a conformer takes."""
+        number, local = self._locate(i)
+        return self._tables[number].frame(local, embed=False)
+
     def check_labels(self, frames: Sequence[int] | None = None) -> None:
         return
 

@@ -56,6 +56,18 @@ def test_oc20_is2re(shared_data) -> None:
     assert dict(found.facts)["systems"] == "2 (sid), each with 1 frame"
 
 
+def test_a_store_says_where_it_comes_from(shared_data, tmp_path) -> None:
+    assert main(["data", "convert", str(shared_data / "data/oc20/s2ef_ref.lmdb"), str(tmp_path / "store")]) == 0
+    found = describe(open_dataset(tmp_path / "store"))
+    facts = dict(found.facts)
+    assert facts["store"].startswith("8 rows in 1 shard, ") and facts["made from"].startswith(
+        "s2ef_ref.lmdb (561,152 bytes, sha256 69bddc7e0730…)"
+    )
+    upstream = describe(open_dataset(shared_data / "data/oc20/s2ef_ref.lmdb"))
+    assert (found.fields, found.elements, found.note) == (upstream.fields, upstream.elements, upstream.note)
+    assert dict(upstream.facts).items() <= facts.items()
+
+
 def test_adsorbates(shared_data) -> None:
     found, _ = page(shared_data, "fairchem/tutorials_data_toy_c3h8_relax.extxyz")
     assert dict(found.facts)["adsorbates"] == "in 101 of 101 frames"
@@ -114,10 +126,10 @@ def test_qm9(shared_data) -> None:
 
 
 def test_abx3(shared_data) -> None:
-    dataset = open_dataset(shared_data / "data/abx3/lcmgm_mp_perovskites.extxyz.xz", index="::5")
+    dataset = open_dataset(shared_data / "data/abx3/lcmgm_mp_perovskites.extxyz.xz", index="::4")
     found = describe(dataset)
     facts, text = dict(found.facts), shown(found)
-    formulas = [formula for formula in dataset.keys("reduced_formula")]
+    formulas = dataset.keys("reduced_formula")
     repeated = len(formulas) - len(set(formulas))
     assert repeated > 50
     assert facts["formulas"].startswith(
@@ -157,8 +169,9 @@ def test_perov(shared_data) -> None:
 
 
 def test_pairs_of_molecules(shared_data) -> None:
-    found, _ = page(shared_data, "des/DES_init_update.csv.xz", index=":40")
+    found, text = page(shared_data, "des/DES_init_update.csv.xz", index=":40")
     assert found.groups[0].labels[0].unit == "K"
+    assert "✓ no suspicious values" in text
 
 
 def sparse(tmp_path, rows=60, columns=1_328):

@@ -306,7 +306,7 @@ def test_labels_of_other_positions_are_another_structure(tmp_path):
     assert len(merged.places(0)) == 2
     turned = merge([FileDataset(tmp_path / "a.extxyz", allow_missing=True, index="::-2")])
     assert len(turned) == 1
-    assert torch.equal(turned.get(0).pos, dataset.get(0).pos), "positions are those that the energy belongs to"
+    assert sorted(turned.get(0).pos.tolist()) == sorted(dataset.get(0).pos.tolist()), "positions are those that the energy belongs to"
 
 
 def test_conformers_are_made_once_and_last(tmp_path, monkeypatch):
