@@ -66,6 +66,11 @@ class Field:
         return self.label and len(self.shape) == 1 and not self.irreps
 
     @property
+    def any_width(self) -> bool:
+        """Whether the number of columns is the source's own affair: groups of labels, and of inputs."""
+        return len(self.shape) == 1 and not self.irreps and not self.required and self.level in ("atom", "system")
+
+    @property
     def missing(self) -> float | int | str:
         """The value that stands for "no value here" in a batch."""
         values: dict[DType, float | int | str] = {"float64": float("nan"), "int64": -1, "bool": False, "str": ""}
@@ -143,11 +148,16 @@ def find(name: str) -> Field:
     return field
 
 
-def declare(field: Field) -> Field:
+def declare(field: Field, *, from_data: bool = False) -> Field:
     """Add a field of your own, e.g. a label that is not in the table. Declaring the same field twice is fine.
 
     Two declarations of a group that differ only in what one of them leaves open (names of columns, units, description) are joined: a
     model knows how many columns it predicts, a data set what they are called.
+
+    Args:
+        field: the field.
+        from_data: its columns are those of a file that was opened. Another file may have other columns under the same name; as long as
+            only files have declared it, the last one counts. (`AtomicDataModule` refuses to train on both together.)
 
     Raises:
         InputError: the name is taken by a different field.
@@ -155,38 +165,50 @@ def declare(field: Field) -> Field:
     known = FIELDS.get(field.name)
     if known is None:
         FIELDS[field.name] = field
+        if from_data:
+            _FROM_DATA.add(field.name)
         return field
-    if known.columns and field.columns and known.columns != field.columns:
-        raise InputError(
-            f"the columns of '{field.name}' are {_few(field.columns)}, but it was declared with {_few(known.columns)}",
-            remedy="give one of the two groups another name",
+    if from_data and field.name in _FROM_DATA and _differing(known, field):
+        FIELDS[field.name] = field
+        return field
+    if not from_data:
+        _FROM_DATA.discard(field.name)
+    if differing := _differing(known, field):
+        remedy = (
+            "give one of the two groups another name, or the model's head as many columns" if field.any_width else "choose another name"
         )
-    joined = dataclasses.replace(
+        raise InputError(f"field '{field.name}' is already declared differently: {differing}", remedy=remedy)
+    FIELDS[field.name] = joined = dataclasses.replace(
         known,
         columns=known.columns or field.columns,
         column_units=known.column_units or field.column_units,
         description=known.description or field.description,
         ase_key=known.ase_key or field.ase_key,
     )
-    differing = [
+    return joined
+
+
+#: Names of fields that only files have declared.
+_FROM_DATA: set[str] = set()
+#: What a second declaration may leave open or fill in.
+_OPEN = ("columns", "column_units", "description", "ase_key")
+
+
+def _differing(known: Field, field: Field) -> str:
+    """In what two declarations contradict each other; empty if they do not."""
+    if known.columns and field.columns and known.columns != field.columns:
+        return f"the columns {_few(field.columns)} instead of {_few(known.columns)}"
+    return ", ".join(
         f"{option.name} {getattr(field, option.name)!r} instead of {getattr(known, option.name)!r}"
         for option in dataclasses.fields(Field)
         if option.name not in _OPEN and getattr(field, option.name) != getattr(known, option.name)
-    ]
-    if differing:
-        raise InputError(f"field '{field.name}' is already declared differently: " + ", ".join(differing), remedy="choose another name")
-    FIELDS[field.name] = joined
-    return joined
+    )
 
 
 def from_dict(values: Mapping[str, Any]) -> Field:
     """The field of `dataclasses.asdict`, also after a journey through JSON."""
     arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Field(**arguments)
-
-
-#: What a second declaration may leave open or fill in.
-_OPEN = ("columns", "column_units", "description", "ase_key")
 
 
 def _few(names: tuple[str, ...]) -> str:
@@ -201,6 +223,7 @@ def group(
     dtype: DType = "float64",
     units: Sequence[str] = (),
     description: str = "",
+    from_data: bool = False,
 ) -> Field:
     """Declare a group of labels, e.g. `group("tox21", ["NR-AR", "NR-ER"], dtype="int64")`.
 
@@ -211,6 +234,7 @@ def group(
         dtype: "int64" for classes (-1 is missing), "float64" for numbers (NaN is missing).
         units: of each column, as the source has them; they are not converted.
         description: one line for the documentation.
+        from_data: as for `declare`.
 
     Raises:
         InputError: the name is taken by a different field.
@@ -218,5 +242,6 @@ def group(
     names = () if isinstance(columns, int) else tuple(columns)
     width = columns if isinstance(columns, int) else len(names)
     return declare(
-        Field(name, level, dtype, (width,), label=True, description=description, columns=names, column_units=tuple(units), ase_key=name)
+        Field(name, level, dtype, (width,), label=True, description=description, columns=names, column_units=tuple(units), ase_key=name),
+        from_data=from_data,
     )

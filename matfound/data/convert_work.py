@@ -268,7 +268,7 @@ def _work(job: Job, todo: list[int], following: Any, rows: Any, pipe: Connection
 
     torch.set_num_threads(1)
     for field in job.declared:
-        declare(field)
+        declare(field, from_data=True)
 
     def tick(count: int) -> None:
         with rows.get_lock():

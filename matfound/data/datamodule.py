@@ -10,7 +10,7 @@ from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
 
 from matfound import catalog
-from matfound.data.dataset import Dataset
+from matfound.data.dataset import Dataset, check_groups
 from matfound.data.frames import Frames, ResumableLoader, make_loader
 from matfound.data.mixture import Mixture, check_mixture
 from matfound.data.samplers import BudgetBatchSampler, check_budget
@@ -117,6 +117,7 @@ class AtomicDataModule(LightningDataModule):
         self.readers = dict(datasets)
         for name, reader in self.readers.items():
             reader.name = name
+        check_groups(self.readers)
         self.split_configs = self._split_configs(split or SplitConfig())
         self.train_parts = tuple(train)
         self.budget = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}

@@ -13,7 +13,7 @@ import numpy as np
 from ase.symbols import Symbols
 
 from matfound.errors import InputError, nearest
-from matfound.fields import FIELDS
+from matfound.fields import FIELDS, Field
 from matfound.structures.ase import Parts, from_parts, parts
 from matfound.structures.atomic_data import AtomicData, collate
 from matfound.structures.keys import ALIASES, KeyMap, LabelSource, key_map
@@ -53,6 +53,11 @@ class Dataset(ABC):
     note: str = ""
     #: How labels are named in the files, where a user said so.
     key_map: KeyMap | None = None
+
+    @property
+    def declared(self) -> Sequence[Field]:
+        """Groups of labels or inputs that the files brought with them."""
+        return ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -137,6 +142,8 @@ class Source(ABC):
 
     file: str
     size: int
+    #: See `Dataset.declared`.
+    declared: Sequence[Field] = ()
 
     @abstractmethod
     def frame(self, i: int) -> Frame:
@@ -172,7 +179,7 @@ class SlicedSource(Source):
 
     def __init__(self, source: Source, wanted: slice) -> None:
         self._source, self._rows = source, range(source.size)[wanted]
-        self.file, self.size = source.file, len(self._rows)
+        self.file, self.size, self.declared = source.file, len(self._rows), source.declared
 
     def frame(self, i: int) -> Frame:
         return self._source.frame(self._rows[i])
@@ -242,6 +249,10 @@ class SourceDataset(Dataset):
 
     def __len__(self) -> int:
         return self._offsets[-1]
+
+    @property
+    def declared(self) -> Sequence[Field]:
+        return list({field.name: field for source in self.sources for field in source.declared}.values())
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):
@@ -442,3 +453,21 @@ def origins(frame: Frame, keys: KeyMap | None) -> dict[str, str]:
 def taken(frame: Frame, keys: KeyMap | None) -> set[str]:
     """Names in `info` and `arrays` that became fields of the structure."""
     return set(origins(frame, keys).values())
+
+
+def check_groups(readers: Mapping[str, Dataset]) -> None:
+    """Refuse datasets that go together but have other columns under one name.
+
+    Raises:
+        InputError: names the group and both datasets.
+    """
+    for name, reader in readers.items():
+        for field in reader.declared:
+            known = FIELDS[field.name]
+            if (field.shape, field.columns) != (known.shape, known.columns):
+                other = next((n for n, r in readers.items() for f in r.declared if f.name == field.name and n != name), "another dataset")
+                raise InputError(
+                    f"the group '{field.name}' has {field.shape[0]} columns in the dataset '{name}', and other ones "
+                    f"({known.shape[0]}) in '{other}'",
+                    remedy="give one of them another name (labels: {name: [columns]}), or read the same columns from both",
+                )

@@ -53,24 +53,11 @@ class Group:
         """Put the field into the table of fields. Errors as for `matfound.fields.declare`."""
         names = self.names or self.columns
         kind: fields.DType = "int64" if self.classes else "float64"
-        if self.scalar:
-            return fields.declare(
-                Field(self.field, self.level, kind, label=self.label, description=self.description, ase_key=f"{self.field}_label")
-            )
-        if self.label:
-            return fields.group(self.field, names, level=self.level, dtype=kind, units=self.units, description=self.description)
-        return fields.declare(
-            Field(
-                self.field,
-                self.level,
-                kind,
-                (len(names),),
-                description=self.description,
-                columns=names,
-                column_units=self.units,
-                ase_key=self.field,
-            )
-        )
+        key = f"{self.field}_label" if self.scalar else self.field
+        field = Field(self.field, self.level, kind, label=self.label, description=self.description, ase_key=key)
+        if not self.scalar:
+            field = dataclasses.replace(field, shape=(len(names),), columns=names, column_units=self.units)
+        return fields.declare(field, from_data=True)
 
 
 class Built(NamedTuple):

@@ -16,7 +16,7 @@ from ase.symbols import Symbols
 from rdkit import Chem, rdBase
 from rdkit.Geometry import Point3D
 
-from matfound.data.dataset import Dataset, Frame, Problem
+from matfound.data.dataset import Dataset, Frame, Problem, check_groups
 from matfound.data.smiles import smiles_columns
 from matfound.data.tables import TableDataset
 from matfound.errors import InputError, nearest
@@ -155,11 +155,16 @@ class MergedDataset(Dataset):
         self.key_map = {field: source for dataset in reversed(datasets) for field, source in (dataset.key_map or {}).items()}
         self.note = " ".join(dict.fromkeys(dataset.note for dataset in datasets if dataset.note))
         self._problems = [problem for dataset in datasets for problem in dataset.problems]
+        check_groups({f"{dataset.name} ({dataset.place(0)[0]})": dataset for dataset in datasets})
         self._firsts: list[tuple[int, int]] = []
         self._others: dict[int, list[tuple[int, int]]] = {}
         self._read()
         if not self._firsts:
             raise InputError("no frames that can be used", remedy="look at the problems of each dataset by itself")
+
+    @property
+    def declared(self) -> list[Field]:
+        return list({field.name: field for dataset in self.datasets for field in dataset.declared}.values())
 
     def _read(self) -> None:
         known: dict[bytes, int] = {}

@@ -46,7 +46,8 @@ def open_dataset(
     """Open what a path is: files of structures, OC20 archives or LMDBs, `.aselmdb`, a table of molecules, a store, a set of the catalog.
 
     Args:
-        paths: a file or folder, a name from the catalog ("minidft", "minidft-crystals"), or several files.
+        paths: a file or folder, a name from the catalog ("minidft", "minidft-crystals", "oc20/val-id" once it was fetched), "qm9" for the
+            installed package qm9pack, or several files.
         name: name of the dataset; the reader's own otherwise.
         options: of the reader: `keys`, `allow_missing`, `index`, …
 
@@ -56,6 +57,8 @@ def open_dataset(
     """
     given = [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if len(given) == 1:
+        if given[0] in ("qm9", "qm9pack") and not Path(given[0]).exists():
+            return _reader("qm9", given, {"name": name, **options} if name else options)
         if (members := _from_catalog(given[0])) is not None:
             return _reader("files", [os.fspath(path) for path in members], {"name": name or given[0], **options})
         if (found := fetched(given[0])) is not None:

@@ -67,7 +67,7 @@ class NpzSource(Source):
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._arrays = arrays
         names = [str(name) for name in arrays["target_names"]]
-        self._declared: Field = qm9_group(names).declare()
+        self.declared: list[Field] = [qm9_group(names).declare()]
         self._targets = {name: k for k, name in enumerate(names)}
         self._rows: Sequence[int] | np.ndarray = range(len(sizes))
         self.size = len(sizes)
@@ -123,7 +123,8 @@ class NpzSource(Source):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        fields.declare(self._declared)
+        for field in self.declared:
+            fields.declare(field, from_data=True)
 
 
 def _arrays(file: str) -> dict[str, np.ndarray]:

@@ -89,6 +89,10 @@ class Store(Dataset):
     def problems(self) -> list[Problem]:
         return [problem for part in self._parts for problem in part.manifest.problems]
 
+    @property
+    def declared(self) -> list[Field]:
+        return [field for part in self._parts for field in part.manifest.fields if field.any_width]
+
     def __len__(self) -> int:
         return len(self._rows)
 

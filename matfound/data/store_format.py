@@ -178,7 +178,7 @@ def parse_manifest(text: bytes, file: object) -> Manifest:
             name=content["name"],
             note=content["note"],
             plan=content["plan"],
-            fields=[declare(from_dict(field)) for field in content["fields"]],
+            fields=[declare(from_dict(field), from_data=True) for field in content["fields"]],
             info=content["info"],
             arrays=content["arrays"],
             shards=[ShardEntry(**{**shard, "header": tuple(shard["header"])}) for shard in content["shards"]],

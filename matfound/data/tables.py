@@ -57,7 +57,7 @@ class TableSource(Source):
         self.file, self.table, self.layout = table.file, table, layout
         self._rows: Sequence[int] | np.ndarray = range(table.size)
         self.size = table.size
-        self._declared: list[Field] = [group.declare() for group in layout.groups]
+        self.declared: list[Field] = [group.declare() for group in layout.groups]
         in_fields = {name for group in layout.groups if not group.words for name in group.columns} | set(layout.said)
         self._info = [name for name in table.columns if name not in in_fields]
         self._prepared: dict[int, _Prepared] = {}
@@ -96,8 +96,8 @@ class TableSource(Source):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for field in self._declared:  # another process may not know the groups yet
-            fields.declare(field)
+        for field in self.declared:  # another process may not know the groups yet
+            fields.declare(field, from_data=True)
 
     def cell(self, i: int, column: str) -> Any:
         """The value of a column in row `i`; None where it is missing. Errors as for `frame`, but for those of its structure."""

@@ -263,7 +263,8 @@ def _join(parts: Sequence[AtomicData]) -> AtomicData:
             batch[count_key(name, field)] = torch.cat([_rows(part, name, field) for part in parts])
         if field.level == "bond" and (lacking or any("has_bonds" in part for part in parts)):
             batch.has_bonds = torch.cat([_has_bonds(part, has) for part, has in zip(parts, having, strict=True)])
-        pieces = [part[name] if has else _filler(field, part) for part, has in zip(parts, having, strict=True)]
+        shape = next(part[name].shape[1 + field.cat_dim :] for part, has in zip(parts, having, strict=True) if has)
+        pieces = [part[name] if has else _filler(field, part, shape) for part, has in zip(parts, having, strict=True)]
         batch[name] = torch.cat(pieces, dim=field.cat_dim)
         if field.index:
             counts = [int(_rows(part, _counted(name, field), _counting(field)).sum()) for part in parts]
@@ -302,12 +303,12 @@ def _has_bonds(part: AtomicData, has: bool) -> Tensor:
     return torch.full((part.num_systems,), has, device=part.numbers.device)
 
 
-def _filler(field: Field, sample: AtomicData) -> Tensor:
+def _filler(field: Field, sample: AtomicData, shape: Sequence[int]) -> Tensor:
     """The missing value in the shape that the field would have in this sample, or batch."""
     rows = {"atom": sample.num_nodes, "system": sample.num_systems}.get(field.level, 0)
     lead = (2, rows) if field.cat_dim == 1 else (rows,)
     assert not isinstance(field.missing, str)
-    return torch.full((*lead, *field.shape), field.missing, dtype=DTYPES[field.dtype], device=sample.numbers.device)
+    return torch.full((*lead, *shape), field.missing, dtype=DTYPES[field.dtype], device=sample.numbers.device)
 
 
 def check(data: AtomicData) -> AtomicData:
@@ -347,10 +348,12 @@ def _check_shape(name: str, field: Field, data: AtomicData) -> None:
         raise InputError(f"field '{name}' has dtype {value.dtype}, expected {DTYPES[field.dtype]}")
     systems = data.num_systems if data.is_batch else 1
     rows = {"atom": data.num_nodes, "system": systems}.get(field.level)  # None: any number of edges or bonds
-    expected = (2, rows) if field.cat_dim == 1 else (rows, *field.shape)
+    shape = (None,) if field.any_width else field.shape  # files may have other columns than the one that was opened last
+    expected = (2, rows) if field.cat_dim == 1 else (rows, *shape)
     fits = len(value.shape) == len(expected) and all(want in (None, size) for want, size in zip(expected, value.shape, strict=True))
     if not fits:
-        words = ", ".join(f"{field.level}s" if want is None else str(want) for want in expected)
+        free = "columns" if field.any_width else f"{field.level}s"
+        words = ", ".join(free if want is None else str(want) for want in expected)
         raise InputError(f"field '{name}' has shape {tuple(value.shape)}, expected ({words})")
 
 

@@ -10,7 +10,9 @@ from rdkit import Chem
 
 from matfound import fields
 from matfound.data import graphium
+from matfound.data.datamodule import AtomicDataModule
 from matfound.data.dataset import Frame
+from matfound.data.merge import merge
 from matfound.data.tables import open_table
 from matfound.errors import InputError
 from matfound.structures.atomic_data import collate
@@ -230,8 +232,17 @@ def test_a_joined_table_has_all_groups(tmp_path):
 
 def test_two_tables_with_other_columns_of_one_group(tmp_path):
     for number in (1, 2):
-        (tmp_path / f"{number}.csv").write_text(f"SMILES,assayID-{number}\nC,1\n")
-    open_table(tmp_path / "1.csv")
-    with pytest.raises(InputError, match="give one of the two groups another name"):
-        open_table(tmp_path / "2.csv")
-    assert open_table(tmp_path / "2.csv", labels={"assays": {"columns": ["assayID-*"], "classes": 2}}).get(0).assays.tolist() == [[1]]
+        columns = ",".join(f"assayID-{number}{k}" for k in range(number))
+        (tmp_path / f"{number}.csv").write_text(f"SMILES,{columns}\nC{',1' * number}\nCC{',0' * number}\n")
+    one, two = (open_table(tmp_path / f"{number}.csv", name=f"set{number}") for number in (1, 2))
+    assert [reader.get(0).pcba_1328.tolist() for reader in (one, two, one)] == [[[1]], [[1, 1]], [[1]]]
+    assert one.batch([0, 1]).pcba_1328.shape == (2, 1) and two.batch([0, 1]).pcba_1328.shape == (2, 2)
+    problem = r"the group 'pcba_1328' has 1 columns in the dataset 'one', and other ones \(2\) in 'two' \(give one of them another name"
+    with pytest.raises(InputError, match=problem):
+        AtomicDataModule({"one": one, "two": two}, batch_size=1)
+    with pytest.raises(InputError, match="the group 'pcba_1328' has 1 columns in the dataset 'one "):
+        merge([one, two])
+    assert AtomicDataModule({"two": two}, batch_size=1).readers == {"two": two}
+    other = open_table(tmp_path / "2.csv", labels={"assays": {"columns": ["assayID-*"], "classes": 2}})
+    assert other.get(0).assays.tolist() == [[1, 1]]
+    assert AtomicDataModule({"two": two, "other": other}, batch_size=1).readers["other"] is other
