@@ -168,15 +168,13 @@ def declare(field: Field, *, from_data: bool = False) -> Field:
         if from_data:
             _FROM_DATA.add(field.name)
         return field
-    if from_data and field.name in _FROM_DATA and _differing(known, field):
+    if from_data and field.name in _FROM_DATA and field.level == known.level and _differing(known, field):
         FIELDS[field.name] = field
         return field
     if not from_data:
         _FROM_DATA.discard(field.name)
     if differing := _differing(known, field):
-        remedy = (
-            "give one of the two groups another name, or the model's head as many columns" if field.any_width else "choose another name"
-        )
+        remedy = "choose another name" + (", or give the model's head as many columns" if field.any_width else "")
         raise InputError(f"field '{field.name}' is already declared differently: {differing}", remedy=remedy)
     FIELDS[field.name] = joined = dataclasses.replace(
         known,

@@ -259,12 +259,13 @@ def _manifest(job: Job, plan: dict[str, Any], done: dict[int, Done]) -> Manifest
         if section in beside:
             beside[section].setdefault(name, []).append(kind)
     known = {name for section, name, _ in columns if section == "fields"}
+    fields = {**FIELDS, **{field.name: field for field in job.dataset.declared}}
     left_out = [Problem(job.name(problem.file), problem.row, problem.reason) for problem in job.dataset.problems]
     return Manifest(
         name=job.dataset.name,
         note=job.dataset.note,
         plan=job.plan,
-        fields=[field for name, field in FIELDS.items() if name in known],
+        fields=[field for field in fields.values() if field.name in known],
         info=beside["info"],
         arrays=beside["arrays"],
         shards=[entry for shard in sorted(done) if (entry := done[shard].entry) is not None],

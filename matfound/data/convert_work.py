@@ -54,7 +54,10 @@ class Job:
     names: dict[str, str]
     strict: bool
     keep_names: bool = False
-    declared: list[Field] = dataclasses.field(default_factory=lambda: list(FIELDS.values()))
+    declared: list[Field] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.declared = list({**FIELDS, **{field.name: field for field in self.dataset.declared}}.values())
 
     @property
     def shards(self) -> int:

@@ -76,6 +76,7 @@ class Store(Dataset):
         self._rows: range = range(total)[as_slice(index)]
         if not len(self._rows):
             raise InputError("no rows", remedy="choose another index", file=self._parts[0].folder)
+        _compare(self._parts)
         declared = {field.name for part in self._parts for field in part.manifest.fields}
         self._fields = [name for name in FIELDS if name in declared]
         self._opened: Shards | None = None
@@ -360,6 +361,20 @@ def _open(path: str) -> _Part:
         except FileNotFoundError:
             raise _absent(str(file)) from None
     return _Part(str(folder), manifest, remote=False)
+
+
+def _compare(parts: Sequence[_Part]) -> None:
+    """Refuse stores whose groups have the same name and other columns."""
+    known: dict[str, tuple[str, Field]] = {}
+    for part in parts:
+        for field in part.manifest.fields:
+            folder, other = known.setdefault(field.name, (part.folder, field))
+            if (field.shape, field.columns) != (other.shape, other.columns):
+                raise InputError(
+                    f"'{field.name}' has other columns than in {folder}: {field.shape[0]}, there {other.shape[0]}",
+                    remedy="open each by itself",
+                    file=part.folder,
+                )
 
 
 def _absent(file: str) -> InputError:

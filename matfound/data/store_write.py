@@ -245,7 +245,8 @@ def _fields(frame: Frame) -> Iterator[tuple[_Key, np.ndarray]]:
         if field.cat_dim == 1:
             yield _Key("fields", name, field.dtype, field.level, (2,)), array.T
         else:
-            yield _Key("fields", name, field.dtype, field.level, field.shape), array
+            # The width of a group is that of its data set, whatever another one has declared since.
+            yield _Key("fields", name, field.dtype, field.level, array.shape[1:]), array
 
 
 def _beside(frame: Frame, keys: KeyMap | None) -> Iterator[tuple[_Key, np.ndarray]]:

@@ -282,6 +282,24 @@ def test_groups_and_declared_fields_come_with_the_store(tmp_path, monkeypatch):
         FIELDS.update(saved)
 
 
+def test_groups_of_other_widths(tmp_path):
+    """Two data sets may have other columns under one name; each store keeps its own, but they cannot be one data set."""
+    saved = dict(FIELDS)
+    try:
+        widths = {"a": ("x", "y"), "b": ("x", "y", "z")}
+        for name, columns in widths.items():
+            fields.group("some_labels", columns, from_data=True)
+            stored(tmp_path / name, [structure(2, some_labels=torch.full((1, len(columns)), 0.5).double())])
+        for name, columns in widths.items():
+            store = Store(tmp_path / name)
+            assert store.batch([0]).some_labels.shape == (1, len(columns)) and store.manifests[0].fields[-1].columns == columns
+        with pytest.raises(InputError, match="'some_labels' has other columns than in .*: 3, there 2"):
+            Store([tmp_path / "a", tmp_path / "b"])
+    finally:
+        FIELDS.clear()
+        FIELDS.update(saved)
+
+
 def test_types_are_narrow_and_lossless(tmp_path):
     h5py = pytest.importorskip("h5py")
     made = [structure(300, seed=1, tags=torch.full((300,), 2), energy=torch.tensor([0.1], dtype=torch.float64))]
