@@ -23,9 +23,7 @@ def test_model_and_data_complete_each_other():
     data = fields.group("assays_a", ["x", "y"], dtype="int64", units=["", ""], description="two", from_data=True)
     assert data == FIELDS["assays_a"] and data.columns == ("x", "y") and data.description == "two"
     assert fields.group("assays_a", 2, dtype="int64") == data
-    with pytest.raises(
-        InputError, match="columns a, b instead of x, y .choose another name, or give the model's"
-    ):
+    with pytest.raises(InputError, match="columns a, b instead of x, y .choose another name, or give the model's"):
         fields.group("assays_a", ["a", "b"], dtype="int64", from_data=True)
     with pytest.raises(InputError, match=r"shape \(3,\) instead of \(2,\)"):
         fields.group("assays_a", 3, dtype="int64")

@@ -270,7 +270,7 @@ def test_all_from_the_command_line(capsys, tmp_path, monkeypatch) -> None:
     from matfound.data import info
 
     ase.io.write(tmp_path / "x.extxyz", [ase.Atoms("H", [[0, 0, 0.1 * i]]) for i in range(9)])
-    monkeypatch.setattr(info, "describe", lambda dataset, limit=3, describe=info.describe: describe(dataset, limit))
+    monkeypatch.setattr(info, "LIMIT", 3)
     assert main(["data", "info", str(tmp_path / "x.extxyz"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["looked_at"] == 3
     assert main(["data", "info", str(tmp_path / "x.extxyz"), "--json", "--all"]) == 0

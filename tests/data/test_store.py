@@ -266,7 +266,7 @@ def test_groups_and_declared_fields_come_with_the_store(tmp_path, monkeypatch):
     monkeypatch.setattr(fields, "FIELDS", FIELDS)
     saved = dict(FIELDS)
     try:
-        fields.group("my_assays", ["a", "b", "c"], dtype="int64")
+        fields.group("my_assays", ["a", "b", "c"], dtype="int64", from_data=True)
         made = [structure(2, my_assays=torch.tensor([[1, -1, 0]])), structure(3), structure(1, my_assays=torch.tensor([[-1, -1, -1]]))]
         stored(tmp_path / "s", made)
         del FIELDS["my_assays"]
@@ -274,7 +274,8 @@ def test_groups_and_declared_fields_come_with_the_store(tmp_path, monkeypatch):
         assert FIELDS["my_assays"].columns == ("a", "b", "c") and FIELDS["my_assays"].group
         assert_equal(store.batch([0, 1, 2]), collate(made))
         assert "my_assays" not in store.get(1) and store.get(2).my_assays.tolist() == [[-1, -1, -1]]
-        FIELDS["my_assays"] = Field("my_assays", "atom", "int64", (3,), label=True)
+        del FIELDS["my_assays"]
+        fields.declare(Field("my_assays", "atom", "int64", (3,), label=True))
         with pytest.raises(InputError, match=r"store.json: field 'my_assays' is already declared differently"):
             Store(tmp_path / "s")
     finally:
