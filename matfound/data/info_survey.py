@@ -1,6 +1,7 @@
 """One pass over the frames of a dataset: everything that `matfound.data.info` sums up, in bounded memory a frame."""
 
 import collections
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -283,7 +284,8 @@ class Survey:
             return
         placed = self._placed
         self.compared = len(placed)
-        first = first_of_each(np.concatenate(self._codes), np.concatenate(self._values), lambda k: self.dataset.get(placed[k]))
+        get = functools.lru_cache(1024)(lambda k: self.dataset.get(placed[k]))  # some readers parse a frame anew
+        first = first_of_each(np.concatenate(self._codes), np.concatenate(self._values), get)
         repeated = np.flatnonzero(first != np.arange(len(first)))
         if not len(repeated):
             return

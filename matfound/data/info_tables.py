@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Rows whose structures are made unless all are asked for, by what makes them.
 LIMITS = {"SmilesRows": 800, "CifRows": 1_000, "FormulaRows": 5_000}
 #: Tables with at most so many molecules are checked row by row; of longer ones, so many rows are.
-CHECKED, SAMPLED = 8_000, 5_000
+CHECKED, SAMPLED = 8_000, 4_000
 #: Values of labels that are read unless all are asked for.
 VALUES = 4_000_000
 _ELEMENT = re.compile(r"([A-Z][a-z]?)(\d*)")

@@ -11,6 +11,7 @@ Four kinds, from the strictest:
 
 import collections
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -213,6 +214,7 @@ def compare(a: Side, b: Side, *, tolerance: float = TOLERANCE, examples: int = 5
 def _structures(a: Side, b: Side, tolerance: float, examples: int) -> Shared:
     count = len(a.placed)
 
+    @functools.lru_cache(1024)
     def get(k: int) -> AtomicData:
         return a.dataset.get(int(a.placed[k])) if k < count else b.dataset.get(int(b.placed[k - count]))
 

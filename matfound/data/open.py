@@ -120,6 +120,8 @@ def kind_of_path(path: str) -> str:
     Raises:
         InputError: a folder that holds nothing that is understood, or more than one kind of data.
     """
+    if "://" in path:  # only stores are read from elsewhere
+        return "store"
     if not Path(path).is_dir():
         name = path.rstrip("/").rpartition("/")[2]
         return next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), "files")

@@ -165,7 +165,7 @@ def test_a_table_of_bad_rows_alone(write):
         ("", "t.csv", "t.csv: the file is empty"),
         ("a,b,a\n1,2,3\n", "t.csv", "two columns are called 'a' .give every column its own name"),
         (b"a,\xff\n", "t.csv", "the header is not UTF-8 text"),
-        (gzip.compress(b"a,b\n1,2\n" * 1000)[:-30], "t.csv.gz", "cannot be read: damaged or cut off: .* .fetch the file again"),
+        (gzip.compress(b"a,b\n1,2\n" * 1000, mtime=0)[:-30], "t.csv.gz", "cannot be read: damaged or cut off: .* .fetch the file again"),
         (lzma.compress(b"a,b\n1,2\n" * 1000)[:-30], "t.csv.xz", "cannot be read: damaged or cut off"),
         (bz2.compress(b"a,b\n1,2\n" * 1000)[:-30], "t.csv.bz2", "cannot be read: damaged or cut off"),
         (b"not gzip", "t.csv.gz", "cannot be read: damaged or cut off: Not a gzipped file"),
