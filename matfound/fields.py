@@ -156,8 +156,8 @@ def declare(field: Field, *, from_data: bool = False) -> Field:
 
     Args:
         field: the field.
-        from_data: its columns are those of a file that was opened. Another file may have other columns under the same name; as long as
-            only files have declared it, the last one counts. (`AtomicDataModule` refuses to train on both together.)
+        from_data: its columns are those of a file that was opened. Another file, or a model, may have other columns under the same name; as
+            long as only files have declared it, the last one counts. (`AtomicDataModule` refuses to train on what does not fit.)
 
     Raises:
         InputError: the name is taken by a different field.
@@ -168,11 +168,12 @@ def declare(field: Field, *, from_data: bool = False) -> Field:
         if from_data:
             _FROM_DATA.add(field.name)
         return field
-    if from_data and field.name in _FROM_DATA and field.level == known.level and _differing(known, field):
-        FIELDS[field.name] = field
-        return field
+    replaced = field.name in _FROM_DATA and field.level == known.level and (from_data or field.dtype == known.dtype)
     if not from_data:
         _FROM_DATA.discard(field.name)
+    if replaced and _differing(known, field):
+        FIELDS[field.name] = field
+        return field
     if differing := _differing(known, field):
         remedy = "choose another name" + (", or give the model's head as many columns" if field.any_width else "")
         raise InputError(f"field '{field.name}' is already declared differently: {differing}", remedy=remedy)
@@ -201,6 +202,11 @@ def _differing(known: Field, field: Field) -> str:
         for option in dataclasses.fields(Field)
         if option.name not in _OPEN and getattr(field, option.name) != getattr(known, option.name)
     )
+
+
+def is_from_data(name: str) -> bool:
+    """Whether only files have declared a field."""
+    return name in _FROM_DATA
 
 
 def from_dict(values: Mapping[str, Any]) -> Field:

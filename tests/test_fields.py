@@ -33,6 +33,9 @@ def test_of_files_the_last_one_counts_until_a_model_relies_on_it():
     fields.group("assays_b", ["x", "y"], from_data=True)
     assert fields.group("assays_b", ["x", "y", "z"], from_data=True).shape == FIELDS["assays_b"].shape == (3,)
     fields.group("assays_b", 3)
+    assert FIELDS["assays_b"].columns == ("x", "y", "z")
+    fields.group("assays_e", ["x", "y", "z"], from_data=True)
+    assert fields.group("assays_e", 2).columns == () and FIELDS["assays_e"].shape == (2,)  # the model's, now
     with pytest.raises(InputError, match="already declared differently"):
         fields.group("assays_b", ["x", "y"], from_data=True)
 

@@ -43,8 +43,8 @@ MUTANTS = (
     Mutant(
         "a label dropped in collate",
         "matfound/structures/atomic_data.py",
-        "for sample in samples for name in sample.field_names()}",
-        "for sample in samples[:1] for name in sample.field_names()}",
+        "for part in parts for name in part.field_names()}",
+        "for part in parts[:1] for name in part.field_names()}",
         ("tests/structures/test_atomic_data.py::test_a_label_missing_in_one_sample",),
     ),
     Mutant(

@@ -195,8 +195,9 @@ def _check(value: Any, kind: Any, at: _At) -> None:
         words = [_words(arm) for arm in arms if typing.get_origin(arm) is not Literal and not _is_tensor(arm)]
         wanted = " or ".join(dict.fromkeys([", ".join(dict.fromkeys(options)), *words] if options else words))
         raise at.error(f"expected {wanted}, received {_shown(value)}", guess if guess.startswith("did you") else "")
+    named = [arm for arm in fitting if _is_object(arm) and isinstance(value, Mapping) and value and value.keys() <= _parameters(arm).keys()]
     errors = []
-    for arm in fitting:
+    for arm in named or fitting:  # whoever writes a class's own arguments means that class
         try:
             _check_inside(value, arm, at)
         except InputError as error:
@@ -316,7 +317,8 @@ def _check_object(value: Mapping[str, Any] | str, arm: Any, at: _At) -> None:
         known = _parameters(base, given) if inspect.isclass(base) else {}
         if inspect.isabstract(base) or (any(key not in known for key in value) and len(list(_subclasses(base))) > 1):
             examples = sorted(_path(cls) for cls in _subclasses(base) if not cls.__subclasses__() and not cls.__name__.startswith("_"))
-            raise at.error("class_path is missing", "name the class" + (f", e.g. class_path: {examples[0]}" if examples else ""))
+            usual = [name for name in examples if name.endswith(USUAL)] or examples
+            raise at.error("class_path is missing", "name the class" + (f", e.g. class_path: {usual[0]}" if usual else ""))
         _check_arguments(value, base, at, given)
         return
     cls = _find_class(value["class_path"], base, at)
@@ -374,6 +376,10 @@ def _check_arguments(value: Any, cls: Any, at: _At, given: int = 0) -> None:
         for key, parameter in parameters.items():
             if parameter.default is _EMPTY and key not in value:
                 raise at.error(f"the key '{key}' is missing")
+
+
+#: Classes to name as an example where others would be as good.
+USUAL = (".FileDataset",)
 
 
 def _parameters(cls: Any, given: int = 0) -> dict[str, inspect.Parameter]:

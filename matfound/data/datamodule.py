@@ -153,9 +153,10 @@ class AtomicDataModule(LightningDataModule):
         """Refuse what would fail only later.
 
         Raises:
-            InputError: nothing to validate or test on where that was asked for, or a validation frame that is larger than a batch may
-                be.
+            InputError: nothing to validate or test on where that was asked for, a validation frame that is larger than a batch may be,
+                or a group of labels whose columns are not the model's.
         """
+        check_groups(self.readers)
         part = "test" if stage == "test" else "val"
         frames = self.frames(part)
         if len(frames):

@@ -465,9 +465,10 @@ def check_groups(readers: Mapping[str, Dataset]) -> None:
         for field in reader.declared:
             known = FIELDS[field.name]
             if (field.shape, field.columns) != (known.shape, known.columns):
-                other = next((n for n, r in readers.items() for f in r.declared if f.name == field.name and n != name), "another dataset")
+                others = [n for n, r in readers.items() for f in r.declared if f.name == field.name and n != name]
+                where = f"in '{others[0]}'" if others else "in the model"
                 raise InputError(
                     f"the group '{field.name}' has {field.shape[0]} columns in the dataset '{name}', and other ones "
-                    f"({known.shape[0]}) in '{other}'",
+                    f"({known.shape[0]}) {where}",
                     remedy="give one of them another name (labels: {name: [columns]}), or read the same columns from both",
                 )

@@ -5,9 +5,8 @@ and their atoms are in the same places within a tolerance, whatever the order of
 the choice of the origin (along periodic directions; for molecules, everywhere), and, for molecules and for crystals, a rotation of the
 whole. Not the same: another choice of the lattice vectors or a supercell, a mirror image, a strained lattice.
 
-Rounding decides nothing: numbers that change by less than a known amount under a small change of the structure are sorted into
-buckets much wider than that, neighbouring buckets are looked at where a number is near an edge, and what shares a bucket is compared
-atom by atom.
+Rounding decides nothing: structures are compared atom by atom where numbers that change little under a small change of the structure
+are near each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,26 +17,30 @@ from matfound.structures.atomic_data import AtomicData
 
 #: Largest difference of a position or a lattice vector, Å.
 TOLERANCE = 1e-4
-#: The numbers of two structures that are the same differ by at most so many tolerances, and ...
-_SLACK = 8.0
-#: ... buckets are so many tolerances wide.
-_WIDTH = 256.0
+#: The numbers of two structures that are the same differ by at most so many tolerances.
+_SLACK = 3.0
+#: Numbers that are nearer than this part of a tolerance are taken for one and the same at first.
+_FINE = 1e-3
+#: Groups with more structures than this are searched by a tree, over the numbers that tell most apart.
+_LARGE, _TREE = 3000, 6
 #: Reflections whose amplitudes are compared.
-_REFLECTIONS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], dtype=float)
+_REFLECTIONS = np.array(
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, -1, 1], [2, 1, 0], [0, 2, 1]], dtype=float
+)
 #: Different for every element, between 1 and 2.
 _WEIGHTS = 1 + np.modf(np.arange(256) * 0.6180339887498949)[0]
-_NUMBERS = 15
-#: Which of the numbers make the bucket.
-_BUCKET = (0, 1, 2, 6, 7, 9, 10, 11, 13, 14)
+_AMPLITUDES = slice(6, 6 + len(_REFLECTIONS))
+_NUMBERS = 6 + len(_REFLECTIONS) + 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def fingerprints(samples: Sequence[AtomicData]) -> tuple[np.ndarray, np.ndarray]:
-    """What is alike for structures that are the same: a code (samples,) uint64 of elements and periodicity, and numbers (samples, 15).
+    """What is alike for structures that are the same: a code (samples,) uint64 of elements and periodicity, and numbers (samples, 24).
 
-    The numbers, all in Å: lengths of the periodic lattice vectors, their products by pairs over the longer one, amplitudes of four
+    The numbers, all in Å: lengths of the periodic lattice vectors, their products by pairs over the longer one, amplitudes of ten
     reflections times the distance of their planes, and across the periodic directions the extents (roots of the eigenvalues of the
-    gyration tensor), mean and largest distance from the centre. Atoms weigh by their element. Structures need positions.
+    gyration tensor, with two sets of weights), mean and largest distance from the centre. Atoms weigh by their element. Structures need
+    positions.
     """
     if not samples:
         return np.zeros(0, np.uint64), np.zeros((0, _NUMBERS))
@@ -62,10 +65,10 @@ def fingerprints(samples: Sequence[AtomicData]) -> tuple[np.ndarray, np.ndarray]
     inverse = _inverse(vectors)
     periodic = pbc.any(1)
     if periodic.any():
-        values[:, 6:10] = _amplitudes(pos, weights, system, inverse, total)
+        values[:, _AMPLITUDES] = _amplitudes(pos, weights, system, inverse, total)
     if not pbc.all():
         open_ = ~pbc.all(1)
-        values[open_, 10:] = _extents(pos, weights, system, vectors, inverse, total)[open_]
+        values[open_, _AMPLITUDES.stop :] = _extents(pos, weights, system, vectors, inverse, total)[open_]
     return code, values
 
 
@@ -109,15 +112,18 @@ def _extents(
     across = pos - np.einsum("ai,aij->aj", pos, (inverse @ vectors)[system])
     centre = np.stack([np.bincount(system, weights * across[:, axis], count) for axis in range(3)], 1) / total[:, None]
     across -= centre[system]
-    gyration = np.empty((count, 3, 3))
-    for i in range(3):
-        for j in range(3):
-            gyration[:, i, j] = np.bincount(system, weights * across[:, i] * across[:, j], count) / total
+    roots = []
+    for weighted in (weights, 1 / weights**2):
+        gyration = np.empty((count, 3, 3))
+        for i in range(3):
+            for j in range(3):
+                gyration[:, i, j] = np.bincount(system, weighted * across[:, i] * across[:, j], count)
+        sums = np.maximum(np.bincount(system, weighted, count), 1e-12)
+        roots.append(np.sqrt(np.maximum(np.linalg.eigvalsh(gyration / sums[:, None, None]), 0)))
     distance = np.linalg.norm(across, axis=1)
     largest = np.zeros(count)
     np.maximum.at(largest, system, distance)
-    roots = np.sqrt(np.maximum(np.linalg.eigvalsh(gyration), 0))
-    return np.column_stack([roots, np.bincount(system, weights * distance, count) / total, largest])
+    return np.column_stack([*roots, np.bincount(system, weights * distance, count) / total, largest])
 
 
 def first_of_each(codes: np.ndarray, values: np.ndarray, get: Callable[[int], AtomicData], tolerance: float = TOLERANCE) -> np.ndarray:
@@ -130,51 +136,75 @@ def first_of_each(codes: np.ndarray, values: np.ndarray, get: Callable[[int], At
         tolerance: largest difference of a position or lattice vector, Å.
     """
     first = np.arange(len(codes))
-    own, rows, keys = _buckets(codes, values, tolerance)
-    known, counts = np.unique(own, return_counts=True)
-    place = np.minimum(np.searchsorted(known, keys), max(len(known) - 1, 0))
-    shared = (known[place] == keys) & ((keys != own[rows]) | (counts[place] > 1)) if len(known) else np.zeros(0, bool)
-    wanted: dict[int, list[int]] = {}
-    for row, key in zip(rows[shared].tolist(), keys[shared].tolist(), strict=True):
-        wanted.setdefault(row, []).append(key)
-    touched = np.isin(own, keys[shared])
-    firsts: dict[int, list[int]] = {}
-    for i in np.flatnonzero(touched | np.isin(first, rows[shared])).tolist():
-        candidates = [j for key in wanted.get(i, ()) for j in firsts.get(key, ())]
-        if candidates:
-            near = np.abs(values[candidates] - values[i]).max(1) <= _SLACK * tolerance
-            mine = get(i) if near.any() else None
-            for j in sorted({j for j, close in zip(candidates, near, strict=True) if close}):
-                if codes[i] == codes[j] and mine is not None and same(get(j), mine, tolerance):
-                    first[i] = j
-                    break
-        if first[i] == i:
-            firsts.setdefault(int(own[i]), []).append(i)
-    return first
+    members = np.arange(len(codes))
+    # Copies, of which there may be thousands, are compared with the first of them alone.
+    rounded = np.column_stack([codes.view(np.int64), np.rint(values / (_FINE * tolerance)).astype(np.int64)])
+    _, place, inverse = np.unique(rounded, axis=0, return_index=True, return_inverse=True)
+    for j in np.flatnonzero(place[inverse.ravel()] != members).tolist():
+        earlier = int(place[inverse.ravel()[j]])
+        if same(get(earlier), get(j), tolerance):
+            first[j] = earlier
+    members = np.flatnonzero(first == members)
+    for i, j in _near(members, codes[members], values[members], _SLACK * tolerance):
+        if first[j] == j and first[i] == i and same(get(i), get(j), tolerance):
+            first[j] = i
+    return first[first]
 
 
-def _buckets(codes: np.ndarray, values: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bucket of each structure; and structures with all buckets that a structure that is the same can be in."""
-    scaled = values[:, _BUCKET] / (_WIDTH * tolerance) + 0.5
-    cells = np.floor(scaled)
-    inside = scaled - cells
-    margin = _SLACK / _WIDTH
-    rows, reached = np.arange(len(codes)), cells
-    for axis in range(cells.shape[1]):
-        below, above = inside[rows, axis] < margin, inside[rows, axis] > 1 - margin
-        beside = np.where(below, -1.0, 1.0)[below | above]
-        more = reached[below | above].copy()
-        more[:, axis] += beside
-        rows = np.concatenate([rows, rows[below | above]])
-        reached = np.concatenate([reached, more])
-    return _key(codes, cells), rows, _key(codes[rows], reached)
+def _near(members: np.ndarray, codes: np.ndarray, values: np.ndarray, reach: float) -> list[tuple[int, int]]:
+    """Pairs of members with one code whose numbers all differ by at most `reach`; by the later one, then the earlier one."""
+    if not len(members):
+        return []
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=codes[order[0]] + np.uint64(1)))
+    spread = np.maximum.reduceat(values[order], starts) - np.minimum.reduceat(values[order], starts)
+    sizes = np.diff(starts, append=len(order))
+    pairs = [np.zeros((0, 2), np.int64)]
+    for group in np.flatnonzero(sizes > _LARGE).tolist():
+        mine = order[starts[group] : starts[group] + sizes[group]]
+        pairs.append(members[mine[_tree_pairs(values[mine], reach)]])
+    order = order[np.repeat(sizes <= _LARGE, sizes)]
+    best = np.repeat(spread.argmax(1), sizes)[np.repeat(sizes <= _LARGE, sizes)]
+    pairs.append(_window_pairs(members[order], codes[order], values[order], best, reach))
+    listed = np.sort(np.concatenate(pairs), axis=1)
+    listed = listed[np.lexsort((listed[:, 0], listed[:, 1]))]
+    return [(int(i), int(j)) for i, j in listed]
 
 
-def _key(codes: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    key = codes.copy()
-    for axis in range(cells.shape[1]):
-        key = _mixed(key ^ cells[:, axis].astype(np.int64).view(np.uint64))
-    return key
+def _tree_pairs(values: np.ndarray, reach: float) -> np.ndarray:
+    """Places of pairs (pairs, 2) whose numbers all differ by at most `reach`."""
+    from scipy.spatial import cKDTree
+
+    best = np.argsort(values.min(0) - values.max(0))[:_TREE]
+    pairs = cKDTree(values[:, best]).query_pairs(reach, p=np.inf, output_type="ndarray")
+    for axis in range(values.shape[1]):
+        pairs = pairs[np.abs(values[pairs[:, 0], axis] - values[pairs[:, 1], axis]) <= reach]
+    return pairs
+
+
+def _window_pairs(members: np.ndarray, codes: np.ndarray, values: np.ndarray, best: np.ndarray, reach: float) -> np.ndarray:
+    """The same pairs, for small groups.
+
+    Each group is sorted by the number that tells most apart; each member is compared with the one next to it, the
+    one after that, and so on until none is near enough.
+    """
+    key = values[np.arange(len(values)), best]
+    order = np.lexsort((key, codes))
+    members, codes, values, key = members[order], codes[order], values[order], key[order]
+    pairs = [np.zeros((0, 2), np.int64)]
+    active = np.arange(len(members))
+    step = 0
+    while len(active):
+        step += 1
+        active = active[active < len(members) - step]
+        active = active[(codes[active] == codes[active + step]) & (key[active + step] - key[active] <= reach)]
+        found = active
+        for axis in range(values.shape[1]):
+            if not len(found):
+                break
+            found = found[np.abs(values[found, axis] - values[found + step, axis]) <= reach]
+        pairs.append(np.column_stack([members[found], members[found + step]]))
+    return np.concatenate(pairs)
 
 
 def same(a: AtomicData, b: AtomicData, tolerance: float = TOLERANCE) -> bool:
@@ -190,7 +220,7 @@ def same(a: AtomicData, b: AtomicData, tolerance: float = TOLERANCE) -> bool:
     mine, theirs = a.cell[0].numpy() * pbc[:, None], b.cell[0].numpy() * pbc[:, None]
     if pbc.all():
         edges, other_edges = _metric(mine), _metric(theirs)
-        if np.abs(edges - other_edges).max() > _SLACK * tolerance or np.linalg.det(mine) * np.linalg.det(theirs) < 0:
+        if np.abs(edges - other_edges).max() > 2 * tolerance or np.linalg.det(mine) * np.linalg.det(theirs) < 0:
             return False
     elif np.abs(mine - theirs).max() > tolerance:
         return False

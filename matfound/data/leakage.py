@@ -12,7 +12,6 @@ Four kinds, from the strictest:
 import collections
 import dataclasses
 import functools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ from matfound.data.info import shown
 from matfound.errors import InputError
 from matfound.structures.atomic_data import AtomicData
 
-_LOG = logging.getLogger(__name__)
 #: Largest difference of a position or a lattice vector between structures that are the same, Å.
 TOLERANCE = 1e-3
 #: Keys that name a system, the first that both have.

@@ -150,7 +150,7 @@ class _LabelHead(Head):
 def _declare(field: str, columns: int, level: fields.Level | None, dtype: fields.DType) -> None:
     if columns < 1:
         raise InputError(f"a group of labels has at least 1 column, received {columns}", remedy="leave columns out for a single label")
-    if field not in fields.FIELDS:
+    if field not in fields.FIELDS or (fields.is_from_data(field) and fields.FIELDS[field].dtype == dtype):
         fields.group(field, columns, level=level or "system", dtype=dtype)
 
 
