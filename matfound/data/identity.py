@@ -9,6 +9,7 @@ Rounding decides nothing: structures are compared atom by atom where numbers tha
 are near each other.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ _SLACK = 3.0
 _FINE = 1e-3
 #: Groups with more structures than this are searched by a tree, over the numbers that tell most apart.
 _LARGE, _TREE = 3000, 6
+#: Up to so many atoms, all pairs are looked at for the nearest neighbours.
+_PAIRED = 1000
 #: Reflections whose amplitudes are compared.
 _REFLECTIONS = np.array(
     [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, -1, 1], [2, 1, 0], [0, 2, 1]], dtype=float
@@ -137,16 +140,30 @@ def first_of_each(codes: np.ndarray, values: np.ndarray, get: Callable[[int], At
     """
     first = np.arange(len(codes))
     members = np.arange(len(codes))
+
+    @functools.lru_cache(1 << 16)
+    def around(k: int) -> np.ndarray:
+        sample = get(k)
+        found = surroundings(sample)
+        return found[np.lexsort((found, sample.numbers.numpy()))]
+
+    def alike(i: int, j: int) -> bool:
+        a, b = get(i), get(j)
+        found = _as_listed(a, b, tolerance)
+        if found is None:
+            found = bool(np.abs(around(i) - around(j)).max() <= _SLACK * tolerance) and _reordered(a, b, tolerance)
+        return found
+
     # Copies, of which there may be thousands, are compared with the first of them alone.
     rounded = np.column_stack([codes.view(np.int64), np.rint(values / (_FINE * tolerance)).astype(np.int64)])
     _, place, inverse = np.unique(rounded, axis=0, return_index=True, return_inverse=True)
     for j in np.flatnonzero(place[inverse.ravel()] != members).tolist():
         earlier = int(place[inverse.ravel()[j]])
-        if same(get(earlier), get(j), tolerance):
+        if alike(earlier, j):
             first[j] = earlier
     members = np.flatnonzero(first == members)
     for i, j in _near(members, codes[members], values[members], _SLACK * tolerance):
-        if first[j] == j and first[i] == i and same(get(i), get(j), tolerance):
+        if first[j] == j and first[i] == i and alike(i, j):
             first[j] = i
     return first[first]
 
@@ -209,22 +226,71 @@ def _window_pairs(members: np.ndarray, codes: np.ndarray, values: np.ndarray, be
 
 def same(a: AtomicData, b: AtomicData, tolerance: float = TOLERANCE) -> bool:
     """Whether two structures with positions are the same (see the module), within `tolerance` in Å."""
+    found = _as_listed(a, b, tolerance)
+    return _reordered(a, b, tolerance) if found is None else found
+
+
+def surroundings(data: AtomicData) -> np.ndarray:
+    """A number (atoms,) in Å of each atom that changes little under a small change of the structure.
+
+    Without periodicity, the distance from the centre. Else that of the nearest neighbour, as far as the lattice is wide enough to tell.
+    """
+    numbers, pos, pbc = data.numbers.numpy(), data.pos.numpy(), data.pbc[0].numpy()
+    if not pbc.any():
+        weights = _WEIGHTS[numbers]
+        values = np.linalg.norm(pos - weights @ pos / max(float(weights.sum()), 1e-12), axis=1)
+    elif len(numbers) > _PAIRED:
+        values = np.zeros(len(numbers))
+    else:
+        vectors = data.cell[0].numpy() * pbc[:, None]
+        inverse = _inverse(vectors[None])[0]
+        # A neighbour nearer than half the distance of the lattice planes is the one that rounding finds.
+        width = 0.49 / np.linalg.norm(inverse, axis=0)[pbc].max()
+        between = pos[:, None] - pos[None]
+        between -= np.rint(between @ inverse) @ vectors
+        distance = np.sqrt((between**2).sum(2))
+        np.fill_diagonal(distance, np.inf)
+        values = np.minimum(distance.min(1), width)
+    return values
+
+
+def _as_listed(a: AtomicData, b: AtomicData, tolerance: float) -> bool | None:
+    """Whether two structures are the same with their atoms in the order that they have; None where another order may do."""
     pbc = a.pbc[0].numpy()
     elements, others = a.numbers.numpy(), b.numbers.numpy()
     if len(elements) != len(others) or (pbc != b.pbc[0].numpy()).any() or (np.sort(elements) != np.sort(others)).any():
         return False
     if not len(elements):
         return True
+    listed = bool((elements == others).all())
     if not pbc.any():
-        return _same_molecule(a.pos.numpy(), b.pos.numpy(), elements, others, tolerance)
+        return True if listed and _turned(_centred(a), _centred(b), tolerance) else None
     mine, theirs = a.cell[0].numpy() * pbc[:, None], b.cell[0].numpy() * pbc[:, None]
     if pbc.all():
-        edges, other_edges = _metric(mine), _metric(theirs)
-        if np.abs(edges - other_edges).max() > 2 * tolerance or np.linalg.det(mine) * np.linalg.det(theirs) < 0:
+        if np.abs(_metric(mine) - _metric(theirs)).max() > 2 * tolerance or np.linalg.det(mine) * np.linalg.det(theirs) < 0:
             return False
     elif np.abs(mine - theirs).max() > tolerance:
         return False
-    return _same_lattice(_Crystal(a.pos.numpy(), mine), _Crystal(b.pos.numpy(), theirs), elements, others, tolerance)
+    return True if listed and _fits(_Crystal(a), _Crystal(b), np.arange(len(elements)), 0, 0, tolerance) else None
+
+
+def _reordered(a: AtomicData, b: AtomicData, tolerance: float) -> bool:
+    """Whether two structures of the same elements and lattice are the same with their atoms in some order."""
+    elements, others = a.numbers.numpy(), b.numbers.numpy()
+    if not a.pbc.any():
+        return _same_molecule(_centred(a), _centred(b), elements, others, tolerance)
+    kinds, other_kinds = surroundings(a), surroundings(b)
+    reach = _SLACK * tolerance
+    alike = ((elements[:, None] == elements) & (np.abs(kinds[:, None] - kinds) <= reach)).sum(1)
+    anchor = int(alike.argmin())  # an atom with few like it has few partners to try
+    partners = np.flatnonzero((others == elements[anchor]) & (np.abs(other_kinds - kinds[anchor]) <= reach))
+    return _same_lattice(_Crystal(a), _Crystal(b), elements, others, anchor, partners, tolerance)
+
+
+def _centred(data: AtomicData) -> np.ndarray:
+    pos, weights = data.pos.numpy(), _WEIGHTS[data.numbers.numpy()]
+    centred: np.ndarray = pos - weights @ pos / weights.sum()
+    return centred
 
 
 def _metric(cell: np.ndarray) -> np.ndarray:
@@ -235,29 +301,27 @@ def _metric(cell: np.ndarray) -> np.ndarray:
 class _Crystal:
     """Fractional coordinates along the periodic vectors, and what is left across them."""
 
-    def __init__(self, pos: np.ndarray, vectors: np.ndarray) -> None:
-        inverse = _inverse(vectors[None])[0]
+    def __init__(self, data: AtomicData) -> None:
+        pos, vectors = data.pos.numpy(), data.cell[0].numpy() * data.pbc[0].numpy()[:, None]
         self.vectors = vectors
-        self.inside = pos @ inverse
+        self.inside = pos @ _inverse(vectors[None])[0]
         self.across = pos - self.inside @ vectors
 
 
-def _same_lattice(a: _Crystal, b: _Crystal, elements: np.ndarray, others: np.ndarray, tolerance: float) -> bool:
-    if (elements == others).all() and _fits(a, b, np.arange(len(elements)), 0, 0, tolerance):
-        return True
-    symbols, counts = np.unique(elements, return_counts=True)
-    rarest = symbols[counts.argmin()]
-    anchor = int(np.flatnonzero(elements == rarest)[0])
-    for partner in _partners(a, b, elements, others, anchor, 3 * tolerance).tolist():
+def _same_lattice(
+    a: _Crystal, b: _Crystal, elements: np.ndarray, others: np.ndarray, anchor: int, partners: np.ndarray, tolerance: float
+) -> bool:
+    for partner in _partners(a, b, elements, others, anchor, partners, 3 * tolerance).tolist():
         order = _matched(a, b, elements, others, anchor, partner, 3 * tolerance)
         if order is not None and _fits(a, b, order, anchor, int(partner), tolerance):
             return True
     return False
 
 
-def _partners(a: _Crystal, b: _Crystal, elements: np.ndarray, others: np.ndarray, anchor: int, reach: float) -> np.ndarray:
-    """The atoms of `b` from which a few further atoms are where they are from the anchor in `a`."""
-    partners = np.flatnonzero(others == elements[anchor])
+def _partners(
+    a: _Crystal, b: _Crystal, elements: np.ndarray, others: np.ndarray, anchor: int, partners: np.ndarray, reach: float
+) -> np.ndarray:
+    """The partners in `b` from which a few further atoms are where they are from the anchor in `a`."""
     for probe in {len(elements) // 3, len(elements) // 2, len(elements) - 1}:
         theirs = np.flatnonzero(others == elements[probe])
         between = (a.inside[probe] - a.inside[anchor]) - (b.inside[theirs][None] - b.inside[partners][:, None])
@@ -294,12 +358,7 @@ def _fits(a: _Crystal, b: _Crystal, order: np.ndarray, anchor: int, partner: int
     return bool((away**2).sum(1).max() <= tolerance**2)
 
 
-def _same_molecule(pos: np.ndarray, other: np.ndarray, elements: np.ndarray, others: np.ndarray, tolerance: float) -> bool:
-    weights, other_weights = _WEIGHTS[elements], _WEIGHTS[others]
-    a = pos - weights @ pos / weights.sum()
-    b = other - other_weights @ other / other_weights.sum()
-    if (elements == others).all() and _turned(a, b, tolerance):
-        return True
+def _same_molecule(a: np.ndarray, b: np.ndarray, elements: np.ndarray, others: np.ndarray, tolerance: float) -> bool:
     first, second = _references(a, elements)
     radius, other_radius = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     reach = 4 * tolerance

@@ -146,3 +146,38 @@ def test_many_at_once() -> None:
     first = first_of_each(*fingerprints(samples), samples.__getitem__)
     assert time.process_time() - start < 20
     assert first.tolist() == [i % 500 for i in range(1000)]
+
+
+def test_one_atom_of_many_moved() -> None:
+    """Displaced supercells, as for phonons: their averages hardly differ, and still each is told from the others quickly."""
+    rng = np.random.default_rng(0)
+    ideal, samples = bulk("Si", cubic=True) * (2, 2, 2), []
+    for _ in range(40):
+        atoms = ideal.copy()
+        step = rng.normal(0, 1, 3)
+        atoms.positions[rng.integers(len(atoms))] += 0.01 * step / np.linalg.norm(step)
+        samples.append(from_atoms(atoms))
+    samples += [from_atoms(changed(samples[7].to_atoms(), 1, 1e-6)), from_atoms(ideal), from_atoms(changed(ideal, 2, 1e-6))]
+    start = time.process_time()
+    first = first_of_each(*fingerprints(samples), samples.__getitem__)
+    assert time.process_time() - start < 15
+    assert first.tolist() == [*range(40), 7, 41, 41]
+
+
+def test_large_groups_are_searched_by_a_tree(monkeypatch) -> None:
+    from matfound.data import identity
+
+    rng = np.random.default_rng(1)
+    samples = [from_atoms(ase.Atoms("OH2", rng.normal(0, 1, (3, 3)))) for _ in range(60)]
+    samples += [from_atoms(changed(samples[i].to_atoms(), i, 1e-6)) for i in range(0, 60, 7)]
+    expected = first_of_each(*fingerprints(samples), samples.__getitem__)
+    assert expected.tolist() == [*range(60), *range(0, 60, 7)]
+    monkeypatch.setattr(identity, "_LARGE", 5)
+    assert first_of_each(*fingerprints(samples), samples.__getitem__).tolist() == expected.tolist()
+
+
+def test_thousands_of_copies() -> None:
+    samples = [from_atoms(bulk("Cu"))] * 3000
+    start = time.process_time()
+    assert not first_of_each(*fingerprints(samples), samples.__getitem__).any()
+    assert time.process_time() - start < 10
