@@ -99,6 +99,8 @@ def _datasets(paths: list[str], options: dict[str, Any]) -> "list[Dataset]":
     from matfound.data.open import open_dataset
 
     if len(paths) == 1 and not Path(paths[0]).exists() and paths[0] in catalog.names("datasets"):
-        if sets := catalog.dataset(paths[0]).datasets:  # the others are fetched, or in a package
-            return [open_dataset(name, **options) for name in sets]
+        sets = catalog.dataset(paths[0]).datasets
+        if not sets:  # fetched, or in a package
+            return [open_dataset(paths[0], **options)]
+        return [open_dataset(name, **options) for name in sets]
     return [open_dataset(paths[0] if len(paths) == 1 else paths, **options)]

@@ -19,7 +19,7 @@ formula. Not found are: the same crystal in another choice of cell or as a super
 
 examples:
   matfound data leakage train.extxyz test.extxyz --fail
-  matfound data leakage perov_5/ --split split.json            the parts of one dataset, pair by pair
+  matfound data leakage lcmgm.extxyz.xz --split split.json     the parts of one dataset, pair by pair
 """
 _SPLIT = """\
 examples:

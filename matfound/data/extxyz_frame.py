@@ -24,6 +24,9 @@ _AS_READ = ("energy", "magmom", "free_energy")
 _PAIR = re.compile(r"""([^\s="'{}\[\]\\]+)(?:=(?:"([^"\\]+)"|([^\s="'{}\[\]\\]+)))?(?:\s+|$)""")
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?"
 _NUMBERS = re.compile(rf"[\s,]*{_NUMBER}(?:[\s,]+{_NUMBER})*[\s,]*", re.ASCII)
+_ONE_NUMBER = re.compile(_NUMBER, re.ASCII)
+#: Surely neither a number nor several words: it does not begin as `nan` or `inf` do.
+_WORD = re.compile(r"[A-HJ-MO-Za-hj-mo-z][!-+\--~]*", re.ASCII)
 #: What Python may take for a number, beyond the usual ones.
 _ODD_NUMBER = re.compile(r"[+-]?(?:[0-9._+eE-]*|nan|inf|infinity)", re.IGNORECASE)
 _BOOLS = {"T": True, "F": False, "true": True, "false": False, "True": True, "False": False, "TRUE": True, "FALSE": False}
@@ -76,6 +79,11 @@ def _comment(text: str) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
+    if key not in _MATRICES:  # most values are one word
+        if _WORD.fullmatch(text) is not None:
+            return _BOOLS.get(text, text)
+        if _ONE_NUMBER.fullmatch(text) is not None and len(text) <= 18:
+            return np.int64(text) if text.lstrip("+-").isdigit() else np.float64(text)
     if _NUMBERS.fullmatch(text) is not None:
         value = _numbers(text.replace(",", " ").split())
         if key in _MATRICES:

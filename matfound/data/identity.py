@@ -155,10 +155,12 @@ def first_of_each(codes: np.ndarray, values: np.ndarray, get: Callable[[int], At
         return found
 
     # Copies, of which there may be thousands, are compared with the first of them alone.
-    rounded = np.column_stack([codes.view(np.int64), np.rint(values / (_FINE * tolerance)).astype(np.int64)])
-    _, place, inverse = np.unique(rounded, axis=0, return_index=True, return_inverse=True)
-    for j in np.flatnonzero(place[inverse.ravel()] != members).tolist():
-        earlier = int(place[inverse.ravel()[j]])
+    key = codes
+    for axis in range(values.shape[1]):
+        key = _mixed(key ^ np.rint(values[:, axis] / (_FINE * tolerance)).astype(np.int64).view(np.uint64))
+    _, place, inverse = np.unique(key, return_index=True, return_inverse=True)
+    for j in np.flatnonzero(place[inverse] != members).tolist():
+        earlier = int(place[inverse[j]])
         if alike(earlier, j):
             first[j] = earlier
     members = np.flatnonzero(first == members)
