@@ -316,8 +316,9 @@ def _check_object(value: Mapping[str, Any] | str, arm: Any, at: _At) -> None:
             return  # the class is named elsewhere
         known = _parameters(base, given) if inspect.isclass(base) else {}
         if inspect.isabstract(base) or (any(key not in known for key in value) and len(list(_subclasses(base))) > 1):
-            examples = sorted(_path(cls) for cls in _subclasses(base) if not cls.__subclasses__() and not cls.__name__.startswith("_"))
-            usual = [name for name in examples if name.endswith(USUAL)] or examples
+            classes = [cls for cls in _subclasses(base) if not cls.__name__.startswith("_")]
+            examples = sorted(_path(cls) for cls in classes if not cls.__subclasses__())
+            usual = [name for name in map(_path, classes) if name.endswith(USUAL)] or examples
             raise at.error("class_path is missing", "name the class" + (f", e.g. class_path: {usual[0]}" if usual else ""))
         _check_arguments(value, base, at, given)
         return

@@ -32,8 +32,12 @@ def drawn(mixture: Mixture, epochs: int) -> dict[str, list[int]]:
 def test_datasets_are_walked_through(datasets, samples, seed, epochs):
     sizes = {str(i): size for i, (size, _) in enumerate(datasets)}
     weights = {str(i): weight for i, (_, weight) in enumerate(datasets)}
-    mixture = Mixture(sizes, weights, samples_per_epoch=samples, seed=seed)
     total = sum(weights.values())
+    if not all(round(weight / total * samples) for weight in weights.values()):
+        with pytest.raises(InputError, match="has none of '[0-3]', whose share is"):
+            Mixture(sizes, weights, samples_per_epoch=samples, seed=seed)
+        return
+    mixture = Mixture(sizes, weights, samples_per_epoch=samples, seed=seed)
     assert mixture.counts == {name: round(weights[name] / total * samples) for name in sizes}
     for name, given_samples in drawn(mixture, epochs).items():
         assert len(given_samples) == epochs * mixture.counts[name]
