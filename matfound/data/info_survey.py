@@ -150,9 +150,10 @@ class Survey:
     def add_molecule(self, i: int, composition: Mapping[int, int]) -> None:
         """Take in a frame of which only the atoms are known: {atomic number: how many}."""
         counts = np.zeros(119, np.int64)
-        counts[list(composition)] = list(composition.values())
+        for number, count in composition.items():
+            counts[number] = count
         self.numbers.append(i)
-        self.natoms.append(int(counts.sum()))
+        self.natoms.append(sum(composition.values()))
         self.compared += 1
         self.pbc["FFF"] += 1
         self.config_types[""] += 1

@@ -167,11 +167,13 @@ def _bad(layout: Any, block: "Block") -> dict[int, str]:
 def _molecules(survey: Survey, sources: "Sequence[TableSource]", picked: Sequence[int]) -> list[Fact]:
     """SMILES that cannot be read, molecules that are there twice, elements and sizes: into the survey, without making structures."""
     from rdkit import Chem, rdBase
-    from rdkit.Chem.rdMolDescriptors import CalcMolFormula
+    from rdkit.Chem.rdMolDescriptors import CalcChi1v, CalcMolFormula
 
     rows = [(source, i) for source in sources for i in range(source.size)]
     column = sources[0].layout.structures.columns[0]
-    formulas: dict[str, list[tuple[int, Chem.Mol]]] = {}
+    # A canonical SMILES takes as long as the parsing, and freeing molecules that were kept a third of it: few get one, and none is kept.
+    alike: dict[tuple[str, float], list[int]] = {}
+    compositions: dict[str, dict[int, int]] = {}
     heavy: list[int] = []
     fragments = charged = 0
     with rdBase.BlockLogs():
@@ -184,14 +186,17 @@ def _molecules(survey: Survey, sources: "Sequence[TableSource]", picked: Sequenc
                 continue
             heavy.append(mol.GetNumHeavyAtoms())
             formula = CalcMolFormula(mol)
-            survey.add_molecule(k, {atomic_numbers[symbol]: int(count or 1) for symbol, count in _ELEMENT.findall(formula)})
-            formulas.setdefault(formula, []).append((k, mol))
+            if formula not in compositions:
+                compositions[formula] = {atomic_numbers[symbol]: int(count or 1) for symbol, count in _ELEMENT.findall(formula)}
+            survey.add_molecule(k, compositions[formula])
+            alike.setdefault((formula, round(CalcChi1v(mol), 6)), []).append(k)
             fragments += "." in text
             charged += "+" in formula or "-" in formula
-        for alike in formulas.values():
+        for some in alike.values():
             first: dict[str, int] = {}
-            for k, mol in alike if len(alike) > 1 else ():
-                if (earlier := first.setdefault(Chem.MolToSmiles(mol), k)) != k:
+            for k in some if len(some) > 1 else ():
+                source, i = rows[k]
+                if (earlier := first.setdefault(Chem.CanonSmiles(_smiles(source, i, column)), k)) != k:
                     survey.duplicates.append((earlier, k))
     survey.duplicates.sort(key=lambda pair: pair[1])
     survey.frames = np.asarray(picked, np.int64)
