@@ -6,7 +6,7 @@ The same rows in every form, made here: structures of OC20's size (48 to 104 ato
 molecules from SMILES. Each reader fills shuffled batches of 64 through torch's DataLoader, in this process and in two workers, for a few
 seconds after a first pass over all rows (in which a store checks its blocks); readers take turns, and the median of the rounds counts.
 
-- store: `Store.batch`, a finished batch of matfound.
+- store: matfound's own loader, which makes a finished batch of each list of rows.
 - lmdb: one pickled torch-geometric `Data` a row, joined by torch-geometric's `Batch.from_data_list`: how OC20's own LMDBs are read. Without
   edges, which would make them larger still.
 - aselmdb: rows through ASE's own backend (`ase-db-backends`), to the same tensors, joined in the same way.
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from matfound import __version__
 from matfound.data.convert import convert
 from matfound.data.dataset import Frame
+from matfound.data.frames import Frames, make_loader
 from matfound.data.store import Store
 from matfound.data.store_format import Manifest
 from matfound.data.store_write import ShardBuilder
@@ -127,19 +128,6 @@ class Rows(Dataset[Any]):
         return self.read(row)
 
 
-class Batches(Dataset[Any]):
-    """Batch by batch, as a store is read."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitem__(self, rows: list[int]) -> Any:
-        return self.store.batch(rows)
-
-
 class Lmdb:
     """A row of an LMDB of pickles; opened once in a process."""
 
@@ -196,37 +184,35 @@ def joined(samples: list[Any]) -> Any:
     return Batch.from_data_list(samples)
 
 
-def same(batch: Any) -> Any:
-    """Batches come finished."""
-    return batch
+def order(rows: int, seed: int) -> Iterator[list[int]]:
+    """Shuffled batches without end."""
+    shuffled = np.random.default_rng(seed)
+    while True:
+        yield from (chunk.tolist() for chunk in np.array_split(shuffled.permutation(rows), max(1, rows // BATCH)))
 
 
-def order(rows: int, seed: int) -> list[list[int]]:
-    """Shuffled batches."""
-    return [chunk.tolist() for chunk in np.array_split(np.random.default_rng(seed).permutation(rows), max(1, rows // BATCH))]
-
-
-def speed(data: Rows | Batches, workers: int, seconds: float, seed: int) -> float:
+def speed(data: Rows | Store, workers: int, seconds: float, seed: int) -> float:
     """Samples a second, after a first pass."""
-    batches = order(len(data), seed)
-    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
-    if isinstance(data, Batches):
-        loader = DataLoader(data, sampler=batches, batch_size=None, collate_fn=same, **options)
+    rows, batches = len(data), order(len(data), seed)
+    loader: DataLoader[Any]
+    if isinstance(data, Store):
+        loader = make_loader(Frames([data], [np.arange(rows)], [0], {}), batches, "train", num_workers=workers)
     else:
-        loader = DataLoader(data, batch_sampler=batches, collate_fn=joined, **options)
-    for _ in loader:
-        pass
+        loader = DataLoader(data, batch_sampler=batches, collate_fn=joined, num_workers=workers)
+    stream = iter(loader)
+    for _ in range(max(1, rows // BATCH)):
+        next(stream)
     seen, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
-        for _ in loader:
-            pass
-        seen += len(data)
+        next(stream)
+        seen += 1
+    del stream
     if close := getattr(getattr(data, "read", None), "close", None):
         close()
-    return seen / spent
+    return seen * rows / max(1, rows // BATCH) / spent
 
 
-def compare(readers: dict[str, Rows | Batches], seconds: float, rounds: int) -> dict[str, dict[str, float]]:
+def compare(readers: dict[str, Rows | Store], seconds: float, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of the rounds, with 0 and with 2 workers."""
     found: dict[str, dict[str, float]] = {name: {} for name in readers}
     for workers in (0, 2):
@@ -334,8 +320,8 @@ def structures_beside(folder: Path, rows: int, seconds: float, rounds: int) -> d
     write_aselmdb(folder / "rows.aselmdb", made)
     convert([folder / "rows.lmdb"], folder / "store")
     files = {"store": folder / "store", "lmdb": folder / "rows.lmdb", "aselmdb": folder / "rows.aselmdb"}
-    readers: dict[str, Rows | Batches] = {
-        "store": Batches(Store(files["store"])),
+    readers: dict[str, Rows | Store] = {
+        "store": Store(files["store"]),
         "lmdb": Rows(rows, Lmdb(files["lmdb"])),
         "aselmdb": Rows(rows, AseLmdb(files["aselmdb"])),
     }
@@ -352,7 +338,7 @@ def molecules_beside(folder: Path, rows: int, seconds: float, rounds: int) -> di
     convert([table], folder / "molecules", conformers=0)
     store = Store(folder / "molecules")
     objects = [store.get(i).to_pyg() for i in range(len(store))]
-    found = compare({"store": Batches(store), "objects": Rows(len(objects), objects.__getitem__)}, seconds, rounds)
+    found = compare({"store": store, "objects": Rows(len(objects), objects.__getitem__)}, seconds, rounds)
     found["store"]["bytes_per_row"] = size_of(folder / "molecules") / len(store)
     return found
 

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from matfound.data.dataset import Dataset
+from matfound.data.packed import Packed
 from matfound.errors import InputError
 from matfound.fields import graph_key
 from matfound.graphs.neighbors import add_graphs
@@ -167,33 +168,36 @@ class Frames(TorchDataset[AtomicData]):
         return atoms, edges
 
 
-class _Caught(TorchDataset[AtomicData | InputError]):
-    """Hands an error over as a batch: raised in a worker, it would arrive as a traceback in place of one line."""
+class _Caught(TorchDataset[AtomicData | Packed | InputError]):
+    """Hands an error over as a batch: raised in a worker, it would arrive as a traceback in place of one line.
 
-    def __init__(self, frames: Frames, part: str) -> None:
-        self.frames, self.part = frames, part
+    Batches that go elsewhere, to another process or to a GPU, are packed.
+    """
 
-    def __getitems__(self, samples: list[int]) -> AtomicData | InputError:
+    def __init__(self, frames: Frames, part: str, pack: bool) -> None:
+        self.frames, self.part, self.pack = frames, part, pack
+
+    def __getitems__(self, samples: list[int]) -> AtomicData | Packed | InputError:
         try:
             batch = self.frames.batch(samples)
         except InputError as error:
             return error
         if samples and not self.frames.build:
             batch.origin = self.part, self.frames.grouped(samples).tolist()  # whom to blame
-        return batch
+        return Packed.of(batch) if self.pack or get_worker_info() is not None else batch
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _raised(batch: AtomicData | InputError) -> AtomicData:
+def _raised(batch: AtomicData | Packed | InputError) -> AtomicData | Packed:
     if isinstance(batch, InputError):
         raise batch
     return batch
 
 
-class ResumableLoader(DataLoader[AtomicData | InputError]):
+class ResumableLoader(DataLoader[AtomicData | Packed | InputError]):
     """Batches of frames, with the errors of workers as they were raised.
 
     Tells Lightning that resuming in mid-epoch is taken care of: the datamodule hands out a loader that skips what was consumed.
@@ -204,8 +208,12 @@ class ResumableLoader(DataLoader[AtomicData | InputError]):
 
     def __iter__(self) -> Iterator[AtomicData]:  # type: ignore[override]
         # Lightning makes two iterators an epoch and uses one: workers start with its first batch.
-        batches = (_raised(batch) for batch in super().__iter__())
-        yield from batches if self.copies is None else ahead(batches, self.copies.send, self.copies.receive)
+        found = (_raised(batch) for batch in super().__iter__())
+        if self.copies is not None:
+            packed = (batch for batch in found if isinstance(batch, Packed))
+            yield from (batch.unpacked() for batch in ahead(packed, self.copies.send, self.copies.receive))
+        else:
+            yield from (batch.unpacked() if isinstance(batch, Packed) else batch for batch in found)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see `AtomicDataModule.state_dict`."""
@@ -229,7 +237,7 @@ def make_loader(frames: Frames, sampler: Any, part: str, *, num_workers: int = 0
         frames.prepare()
     cuda = device is not None and device.type == "cuda"
     loader = ResumableLoader(
-        _Caught(frames, part),
+        _Caught(frames, part, pack=cuda),
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -264,17 +272,15 @@ class DeviceCopies:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def send(self, batch: AtomicData) -> tuple[AtomicData, torch.cuda.Event]:
+    def send(self, batch: Packed) -> tuple[Packed, torch.cuda.Event]:
         """Begin to copy a batch; the event is when it is there."""
         with torch.cuda.stream(self.stream):
             return batch.to(self.device, non_blocking=True), self.stream.record_event()
 
-    def receive(self, sent: tuple[AtomicData, torch.cuda.Event]) -> AtomicData:
+    def receive(self, sent: tuple[Packed, torch.cuda.Event]) -> Packed:
         """The batch, for use on the present stream, which waits for it; its memory is not used again before that stream is done."""
         batch, there = sent
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(there)
-        for _, value in batch:
-            if isinstance(value, Tensor):
-                value.record_stream(stream)
+        batch.block.record_stream(stream)
         return batch

@@ -90,10 +90,6 @@ class AtomicData:
         """A copy with tensors of its own."""
         return self.apply(Tensor.clone)
 
-    def pin_memory(self) -> "AtomicData":
-        """A copy in page-locked memory, from which a GPU copies beside its other work; `DataLoader(pin_memory=True)` asks for it."""
-        return self.apply(Tensor.pin_memory)
-
     def to_pyg(self) -> Any:
         """The same tensors as a `torch_geometric.data.Data`."""
         from torch_geometric.data import Data
