@@ -139,6 +139,13 @@ def _print(summary: "Summary") -> None:
         facts["rows/s"] = round(summary.rows_in / max(summary.seconds, 1e-3))
     out = console()
     out.print(terminal([facts], str(summary.out)))
+    for missing in summary.missing:
+        out.print(
+            f"[yellow]![/] '{missing.label}' is missing in {missing.of - missing.having:,} of {missing.of:,} rows of {missing.file}, the "
+            f"first: row {missing.row}. They are kept as they are; the store is opened with allow_missing: true, unless it is "
+            "converted with --allow-missing",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     if summary.problems:
         reasons: dict[str, int] = {}
         for problem in summary.problems:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from matfound import __version__
 from matfound.data.convert_sources import Origin, fingerprints, open_origin
 from matfound.data.convert_work import Done, Job, refusal, run, write_file
-from matfound.data.dataset import Frame, Problem
+from matfound.data.dataset import Dataset, Frame, LabelKinds, Missing, Problem, SourceDataset
 from matfound.data.open import CONVERSION, STORE
 from matfound.data.store_format import SCHEMA_VERSION, Manifest, digest, read_manifest
 from matfound.data.store_write import ShardBuilder
@@ -52,6 +52,7 @@ class Summary:
         shards: how many.
         kept: how many of them an earlier run had finished.
         problems: rows that were left out.
+        missing: labels that only some rows of a file have; training with them wants `allow_missing`.
         seconds: of this run.
     """
 
@@ -63,6 +64,7 @@ class Summary:
     shards: int
     kept: int
     problems: list[Problem]
+    missing: list[Missing]
     seconds: float
 
 
@@ -94,11 +96,12 @@ def convert(
         rows_per_shard: rows of the source that a shard stands for; by default after their size.
         progress: called with what is being done ("checking", in bytes, or "converting", in rows), how much of it is done, and of how much.
         options: of the reader: `keys`, `allow_missing`, `index`, … Molecules in tables get positions by RDKit, with the seed
-            `conformers` (default 0); None keeps them as graphs.
+            `conformers` (default 0); None keeps them as graphs. Without `allow_missing`, a label that only some rows of a file have is
+            converted too, but the store says so, and is opened only with `allow_missing`.
 
     Raises:
-        InputError: the source cannot be opened, has no row that can be used, or (`strict`) one that cannot; a label that only some frames
-            of a file have; `out` is something else; the disk is full.
+        InputError: the source cannot be opened, has no row that can be used, or (`strict`) one that cannot; no row has a key that a label
+            is to be read from; `out` is something else; the disk is full.
     """
     given = [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     origin = open_origin(given, name, options, merge=merge)
@@ -118,6 +121,8 @@ def convert_origin(
     began, folder, dataset = time.monotonic(), Path(out), origin.dataset
     if strict and dataset.problems:
         raise refusal(_error(dataset.problems[0]))
+    said = bool(origin.options.get("allow_missing"))
+    _check_keys(dataset, 0 if said else _SAMPLE)
     names = origin.names()
     sources = fingerprints(names, None if progress is None else lambda done, total: progress("checking", done, total))
     slow = origin.options.get("conformers") is not None
@@ -127,6 +132,7 @@ def convert_origin(
         "rows_per_shard": rows_per_shard or choose_rows(origin, slow=slow),
     }  # fmt: skip
     job = Job(dataset, str(folder), digest(plan), plan["rows_per_shard"], names, strict=strict, keep_names=origin.kind == "store")
+    job.notes_missing = dataset.refuses_missing and not said
     if _begin(folder, plan):
         return _finished(folder, job, began)
     with _locked(folder / CONVERSION):
@@ -149,6 +155,18 @@ def choose_rows(origin: Origin, *, slow: bool = False) -> int:
     by_size = SHARD_BYTES // max(1, builder.nbytes // max(1, builder.rows))
     fewest = FEWEST_ROWS_SLOW if slow else FEWEST_ROWS
     return int(max(1, min(by_size, SHARD_ROWS, max(fewest, -(-total // SHARDS)))))
+
+
+def _check_keys(dataset: Dataset, rows: int) -> None:
+    """Refuse keys of labels that none of the first rows has, before everything is read.
+
+    Raises:
+        InputError: names the key, and the nearest.
+    """
+    if isinstance(dataset, SourceDataset) and dataset.key_map and dataset.refuses_missing and rows:
+        frames = [found for _, found in dataset.scan(0, min(rows, len(dataset))) if isinstance(found, Frame)]
+        if frames:
+            dataset.check_mapped(frames)
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> bool:
@@ -271,8 +289,17 @@ def _manifest(job: Job, plan: dict[str, Any], done: dict[int, Done]) -> Manifest
         shards=[entry for shard in sorted(done) if (entry := done[shard].entry) is not None],
         provenance={key: plan[key] for key in ("reader", "options", "sources", "rows", "rows_per_shard")},
         problems=left_out + [problem for shard in sorted(done) for problem in done[shard].problems],
+        missing=_missing(done),
         matfound=__version__,
     )
+
+
+def _missing(done: dict[int, Done]) -> list[Missing]:
+    files: dict[str, LabelKinds] = {}
+    for shard in sorted(done):
+        for file, names, periodic, frames, first in done[shard].labels:
+            files.setdefault(file, LabelKinds()).add(frozenset(names), periodic, first, frames)
+    return [missing for file in sorted(files) for missing in files[file].missing(file)]
 
 
 def _discard(folder: Path) -> None:
@@ -304,5 +331,5 @@ def _summary(folder: Path, manifest: Manifest, job: Job, kept: int, began: float
     skipped = len(job.dataset.problems)
     return Summary(
         folder, len(job.dataset) + skipped, manifest.rows, manifest.atoms, manifest.bytes, len(manifest.shards), kept, manifest.problems,
-        time.monotonic() - began,
+        manifest.missing, time.monotonic() - began,
     )  # fmt: skip

@@ -45,7 +45,8 @@ class Origin:
         dataset: its rows.
         kind: of `matfound.data.open.READERS`.
         files: what it was read from.
-        options: what its reader was told, without what is only for speed.
+        options: what its reader was told, without what is only for speed, and without `allow_missing` where nobody said so: a conversion
+            keeps what is there, and a store tells.
     """
 
     dataset: Dataset
@@ -73,22 +74,20 @@ def open_origin(paths: Sequence[str], name: str, options: Mapping[str, Any], *, 
         return _open_merged(paths, name, options)
     kind, files = source_files(paths)
     given: dict[str, Any] = dict(options)
-    known = inspect.signature(_reader(kind)).parameters
-    if "stream" in known:
-        given["stream"] = True
+    always: dict[str, Any] = {"allow_missing": True}
+    if "stream" in inspect.signature(_reader(kind)).parameters:
+        always["stream"] = True
     source: Any = paths[0] if len(paths) == 1 else list(paths)
     if kind == "table" and "conformers" not in given:
         given["conformers"] = CONFORMER_SEED
         with contextlib.suppress(InputError):  # a table of something else: opened again below, which says what else may be wrong
-            return Origin(open_dataset(source, name, **given), kind, files + _option_files(options), given)
+            return Origin(open_dataset(source, name, **given | always), kind, files + _option_files(options), given)
         del given["conformers"]
     if any("://" in path for path in paths):
         from matfound.data.store import Store
 
-        return Origin(Store(list(paths), name, **given), kind, files, given)
-    dataset = open_dataset(source, name, **given)
-    given.pop("stream", None)
-    return Origin(dataset, kind, files + _option_files(options), given)
+        return Origin(Store(list(paths), name, **given | always), kind, files, given)
+    return Origin(open_dataset(source, name, **given | always), kind, files + _option_files(options), given)
 
 
 def _open_merged(paths: Sequence[str], name: str, options: Mapping[str, Any]) -> Origin:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matfound.data.dataset import Dataset, Problem
+from matfound.data.dataset import Dataset, LabelKinds, Problem, labels
 from matfound.data.store_format import ShardEntry
 from matfound.data.store_write import ShardBuilder
 from matfound.errors import InputError
@@ -26,11 +26,15 @@ _POLL = 0.1
 
 
 class Done(NamedTuple):
-    """A finished shard (None where none of its rows could be used), what it has, and what was left out."""
+    """A finished shard (None where none of its rows could be used), what it has, and what was left out.
+
+    `labels` says of each file which labels its rows have: file, labels, lattice or not, how many rows, the first of them.
+    """
 
     entry: ShardEntry | None
     columns: list[tuple[str, str, str]]
     problems: list[Problem]
+    labels: list[tuple[str, list[str], bool, int, int]]
 
 
 @dataclasses.dataclass
@@ -45,6 +49,7 @@ class Job:
         names: files of the source to their names in the store; others keep only their last part.
         strict: refuse at the first row that cannot be used.
         keep_names: the source is a store: its names of files are what they should be.
+        notes_missing: find labels that only some rows of a file have.
     """
 
     dataset: Dataset
@@ -54,6 +59,7 @@ class Job:
     names: dict[str, str]
     strict: bool
     keep_names: bool = False
+    notes_missing: bool = False
     declared: list[Field] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +109,7 @@ class Job:
             OSError: it cannot be written.
         """
         builder, problems = ShardBuilder(self.dataset.key_map), []
+        files: dict[str, LabelKinds] = {}
         rows = self.rows(shard)
         for count, (i, found) in enumerate(self.dataset.scan(rows.start, rows.stop), 1):
             file, row = self.dataset.place(i)
@@ -110,6 +117,8 @@ class Job:
                 if isinstance(found, InputError):
                     raise found
                 builder.add(found, self.name(file), row)
+                if self.notes_missing:
+                    files.setdefault(self.name(file), LabelKinds()).add(labels(found.data), bool(found.data.pbc.any()), row)
             except InputError as error:
                 if self.strict:
                     raise refusal(error.at(file, row)) from None
@@ -124,7 +133,8 @@ class Job:
             content, entry = builder.image(self.plan, shard)
             entry = entry._replace(file=self.path(shard).name)
             write_file(self.path(shard), content)
-        done = Done(entry, builder.contents(), problems)
+        kinds = [(file, kind, count) for file, known in files.items() for kind, count in known.kinds.items()]
+        done = Done(entry, builder.contents(), problems, [(file, sorted(kind[0]), kind[1], *count) for file, kind, count in kinds])
         write_file(self.note(shard), json.dumps({"plan": self.plan, **_to_note(done)}).encode())
         return done
 
@@ -137,13 +147,14 @@ def refusal(error: InputError) -> InputError:
 
 def _to_note(done: Done) -> dict[str, Any]:
     entry = None if done.entry is None else done.entry._asdict()
-    return {"entry": entry, "columns": done.columns, "problems": done.problems}
+    return {"entry": entry, "columns": done.columns, "problems": done.problems, "labels": done.labels}
 
 
 def _from_note(content: dict[str, Any]) -> Done:
     entry = content["entry"]
     found = None if entry is None else ShardEntry(**{**entry, "header": tuple(entry["header"])})
-    return Done(found, [(str(a), str(b), str(c)) for a, b, c in content["columns"]], [Problem(*item) for item in content["problems"]])
+    columns = [(str(a), str(b), str(c)) for a, b, c in content["columns"]]
+    return Done(found, columns, [Problem(*item) for item in content["problems"]], [tuple(item) for item in content["labels"]])
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -41,6 +41,44 @@ class Problem(NamedTuple):
     reason: str
 
 
+class Missing(NamedTuple):
+    """A label that only some frames of a file have: the first frame that lacks it, and how many of how many have it."""
+
+    label: str
+    file: str
+    row: int
+    having: int
+    of: int
+
+    def error(self) -> InputError:
+        """What to say where that is not meant."""
+        return _inconsistent(self.label, self.file, self.row, f"{self.having} of {self.of} frames of the file have it")
+
+
+class LabelKinds:
+    """Which labels the frames of a file have."""
+
+    def __init__(self) -> None:
+        #: Labels, and whether there is a lattice: how many frames are so, and the first of them.
+        self.kinds: dict[tuple[frozenset[str], bool], tuple[int, int]] = {}
+
+    def add(self, names: frozenset[str], periodic: bool, row: int, frames: int = 1) -> None:
+        """Count frames, the first of which is `row`."""
+        count, first = self.kinds.get((names, periodic), (0, row))
+        self.kinds[names, periodic] = count + frames, min(first, row)
+
+    def missing(self, file: str) -> list[Missing]:
+        """Labels that only some frames have."""
+        some = frozenset[str]().union(*(names for names, _ in self.kinds))
+        total = sum(count for count, _ in self.kinds.values())
+        first: dict[str, int] = {}
+        for (names, periodic), (_, row) in self.kinds.items():
+            for label in missing_labels(names, periodic, some):
+                first[label] = min(first.get(label, row), row)
+        having = {label: sum(count for (names, _), (count, _) in self.kinds.items() if label in names) for label in first}
+        return [Missing(label, file, first[label], having[label], total) for label in sorted(first)]
+
+
 class Dataset(ABC):
     """A sequence of structures. `get` makes no graphs: those are the model's to ask for.
 
@@ -53,6 +91,8 @@ class Dataset(ABC):
     note: str = ""
     #: How labels are named in the files, where a user said so.
     key_map: KeyMap | None = None
+    #: Whether a label that only some frames of one file have is taken for a mistake, unless someone says that it is meant.
+    refuses_missing: bool = False
 
     @property
     def declared(self) -> Sequence[Field]:
@@ -236,6 +276,8 @@ class SourceDataset(Dataset):
         InputError: no frames at all; a label that only some frames of one file have; a mapped key that no file has.
     """
 
+    refuses_missing = True
+
     def __init__(self, sources: Sequence[Source], name: str, keys: KeyMap | None, allow_missing: bool) -> None:
         self.name, self.allow_missing, self.key_map = name, allow_missing, keys
         self.sources = list(sources)
@@ -272,7 +314,7 @@ class SourceDataset(Dataset):
         number, local = self._locate(i)
         source = self.sources[number]
         frame = source.frame(local)
-        if source.loaded() is None and not self.allow_missing:
+        if source.loaded() is None and self._checks:
             self._compare_with_first(number, local, frame)
         return frame
 
@@ -283,7 +325,7 @@ class SourceDataset(Dataset):
             if first >= last:
                 continue
             for local, found in source.scan(first, last):
-                if isinstance(found, Frame) and source.loaded() is None and not self.allow_missing:
+                if isinstance(found, Frame) and source.loaded() is None and self._checks:
                     self._compare_with_first(number, local, found)
                 yield offset + local, found
 
@@ -328,7 +370,13 @@ class SourceDataset(Dataset):
             raise InputError(f"the key '{name}' is missing", remedy="choose a key that every frame has", file=file, frame=index)
         return values
 
+    @property
+    def _checks(self) -> bool:
+        return self.refuses_missing and not self.allow_missing
+
     def check_labels(self, frames: Sequence[int] | None = None) -> None:
+        if not self.refuses_missing:
+            return
         chosen: dict[int, list[int]] = {}
         for i in range(len(self)) if frames is None else frames:
             number, local = self._locate(i)
@@ -340,17 +388,21 @@ class SourceDataset(Dataset):
         """Look for labels that only some frames have, and for mapped keys that none has, in files that are in memory."""
         loaded = [(source, frames) for source in self.sources if (frames := source.loaded()) is not None]
         for source, _ in loaded:
-            if not self.allow_missing:
+            if self._checks:
                 _check_consistent(source, range(source.size))
         if self.key_map and len(loaded) == len(self.sources):
-            self._check_mapped([frame for _, frames in loaded for frame in frames])
+            self.check_mapped([frame for _, frames in loaded for frame in frames])
 
-    def _check_mapped(self, frames: list[Frame]) -> None:
-        assert self.key_map is not None
+    def check_mapped(self, frames: Sequence[Frame]) -> None:
+        """See that the keys that labels are to be read from exist.
+
+        Raises:
+            InputError: none of these frames has one of them; the nearest is suggested.
+        """
         known: set[str] = set()
         for frame in frames:
             known |= set(frame.info) | set(frame.arrays)
-        for field, source in self.key_map.items():
+        for field, source in (self.key_map or {}).items():
             if source.key not in known:
                 raise InputError(
                     f"no frame has the key '{source.key}' that '{field}' is to be read from",
@@ -364,12 +416,12 @@ class SourceDataset(Dataset):
         if number not in self._first:
             self._first[number] = self._first_frame(source, local, frame)
             if self.key_map and number == 0:
-                self._check_mapped([self._first[number][1]])
+                self.check_mapped([self._first[number][1]])
         at, first = self._first[number][0], self._first[number][1].data
         expected = labels(first) | labels(frame.data)
         for data, index in ((frame.data, local), (first, at)):
-            if lacking := missing_labels(data, expected):
-                raise _inconsistent(min(lacking), source, index)
+            if lacking := missing_labels(labels(data), bool(data.pbc.any()), expected):
+                raise _inconsistent(min(lacking), source.file, source.index(index), "other frames of the file have it")
 
     @staticmethod
     def _first_frame(source: Source, local: int, frame: Frame) -> tuple[int, Frame]:
@@ -385,10 +437,10 @@ def labels(data: AtomicData) -> frozenset[str]:
     return frozenset(name for name in data.keys() if (field := FIELDS.get(name)) is not None and field.label)
 
 
-def missing_labels(data: AtomicData, expected: frozenset[str]) -> frozenset[str]:
-    """The expected labels that a structure lacks and could have: without a lattice there is no stress."""
-    lacking = expected - labels(data)
-    return lacking if bool(data.pbc.any()) else lacking - {"stress"}
+def missing_labels(names: frozenset[str], periodic: bool, expected: frozenset[str]) -> frozenset[str]:
+    """The expected labels that a structure with these lacks and could have: without a lattice there is no stress."""
+    lacking = expected - names
+    return lacking if periodic else lacking - {"stress"}
 
 
 def _value(frame: Frame, name: str) -> str | None:
@@ -403,29 +455,20 @@ def _value(frame: Frame, name: str) -> str | None:
 
 def _check_consistent(source: Source, rows: Sequence[int]) -> None:
     """Refuse a label that only some of these frames of a file have."""
-    kinds: dict[tuple[frozenset[str], bool], int] = {}  # how many frames have these labels, with a lattice or without
-    first: dict[tuple[frozenset[str], bool], AtomicData] = {}
-    places: dict[tuple[frozenset[str], bool], int] = {}
+    kinds = LabelKinds()
     for i in rows:
         data = source.frame(i).data
-        kind = (labels(data), bool(data.pbc.any()))
-        kinds[kind] = kinds.get(kind, 0) + 1
-        first.setdefault(kind, data)
-        places.setdefault(kind, i)
-    some = frozenset[str]().union(*(kind[0] for kind in kinds))
-    for kind, data in first.items():
-        if lacking := missing_labels(data, some):
-            label = min(lacking)
-            raise _inconsistent(label, source, places[kind], sum(count for (have, _), count in kinds.items() if label in have), len(rows))
+        kinds.add(labels(data), bool(data.pbc.any()), source.index(i))
+    for missing in kinds.missing(source.file):
+        raise missing.error()
 
 
-def _inconsistent(label: str, source: Source, frame: int, having: int | None = None, of: int = 0) -> InputError:
-    others = "other frames of the file have it" if having is None else f"{having} of {of} frames of the file have it"
+def _inconsistent(label: str, file: str, row: int, others: str) -> InputError:
     return InputError(
         f"label '{label}' is missing, but {others}",
         remedy="repair the frame, or say that it is meant: allow_missing: true (--allow-missing on the command line)",
-        file=source.file,
-        frame=source.index(frame),
+        file=file,
+        frame=row,
     )
 
 

@@ -181,6 +181,8 @@ class QM9(SourceDataset):
         InputError: the package is not installed, or a file is damaged.
     """
 
+    refuses_missing = False
+
     def __init__(
         self,
         paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
@@ -215,12 +217,6 @@ class QM9(SourceDataset):
     @property
     def problems(self) -> Sequence[Problem]:
         return self._problems
-
-    def check_labels(self, frames: Sequence[int] | None = None) -> None:
-        return
-
-    def _compare_with_first(self, number: int, local: int, frame: Frame) -> None:
-        return
 
 
 def _package_keys(keys: KeyMap) -> KeyMap:

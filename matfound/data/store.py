@@ -13,7 +13,7 @@ import torch
 from ase.symbols import Symbols
 
 from matfound import catalog
-from matfound.data.dataset import COMPUTED_KEYS, Dataset, Frame, Problem
+from matfound.data.dataset import COMPUTED_KEYS, Dataset, Frame, LabelKinds, Problem
 from matfound.data.files import as_slice
 from matfound.data.open import STORE
 from matfound.data.store_format import Manifest, decoder, parse_manifest, read_manifest
@@ -47,11 +47,13 @@ class Store(Dataset):
         paths: folder of a store, or several; or URLs that fsspec understands ("s3://bucket/store", "memory://store"), whose files are not
             mapped but fetched block by block.
         name: see `Dataset`; by default the name it was converted with.
-        allow_missing: for likeness with other readers. Which labels may be missing was decided when the store was written.
+        allow_missing: accept labels that only some rows of one file of the source have, even where nobody said that it is meant when
+            they were converted.
         index: only a slice of all rows, as ASE writes it: ":100", "::10", "-1".
 
     Raises:
-        InputError: no store, not finished, of a newer version, a shard that is missing or cut off, or fields that contradict the table.
+        InputError: no store, not finished, of a newer version, a shard that is missing or cut off, fields that contradict the table, or a
+            label that only some rows of a file have.
     """
 
     def __init__(
@@ -80,6 +82,31 @@ class Store(Dataset):
         declared = {field.name for part in self._parts for field in part.manifest.fields}
         self._fields = [name for name in FIELDS if name in declared]
         self._opened: Shards | None = None
+        if not allow_missing:
+            self.check_labels()
+
+    @property
+    def refuses_missing(self) -> bool:  # type: ignore[override]
+        return any(part.manifest.missing for part in self._parts)
+
+    def check_labels(self, frames: Sequence[int] | None = None) -> None:
+        if not self.refuses_missing:
+            return
+        rows = self._locate(np.arange(len(self)) if frames is None else frames)
+        columns = {name: column for name in self._fields if FIELDS[name].label and (column := self._field(name)) is not None}
+        having = [self._shards.locate(column, rows)[0] for column in columns.values()]
+        pbc = self._field("pbc")
+        assert pbc is not None
+        periodic = self._shards.fixed(pbc, rows, rows.row, np.bool_).any(1)
+        file, row = (np.array(self._values("rows", part, rows)[1], np.int64) for part in ("file", "row"))
+        kinds, first, count = np.unique(np.stack([rows.shard, file, periodic, *having], 1), axis=0, return_index=True, return_counts=True)
+        files: dict[str, LabelKinds] = {}
+        for (shard, number, lattice, *has), at, frames_so in zip(kinds.tolist(), first, count.tolist(), strict=True):
+            known = frozenset(name for name, there in zip(columns, has, strict=True) if there)
+            files.setdefault(self._shards.files[shard][number], LabelKinds()).add(known, bool(lattice), int(row[at]), frames_so)
+        for name in sorted(files):
+            for missing in files[name].missing(name):
+                raise missing.error()
 
     @property
     def manifests(self) -> list[Manifest]:

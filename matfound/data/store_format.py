@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from matfound.data.dataset import Problem
+from matfound.data.dataset import Missing, Problem
 from matfound.data.open import CONVERSION, STORE
 from matfound.errors import InputError
 from matfound.fields import Field, declare, from_dict
@@ -102,6 +102,7 @@ class Manifest:
         shards: the files.
         provenance: what was converted and how.
         problems: rows of the source that were left out.
+        missing: labels that only some rows of a file of the source have, where nobody said that this is meant.
         matfound: version that wrote it.
     """
 
@@ -114,6 +115,7 @@ class Manifest:
     shards: list[ShardEntry]
     provenance: dict[str, Any]
     problems: list[Problem]
+    missing: list[Missing]
     matfound: str
 
     @property
@@ -138,6 +140,7 @@ class Manifest:
             "plan": self.plan, "rows": self.rows, "atoms": self.atoms, "fields": [dataclasses.asdict(field) for field in self.fields],
             "info": self.info, "arrays": self.arrays, "shards": [shard._asdict() for shard in self.shards],
             "provenance": self.provenance, "problems": [problem._asdict() for problem in self.problems],
+            "missing": [missing._asdict() for missing in self.missing],
         }  # fmt: skip
         content["checksum"] = _checksum(content)
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -184,6 +187,7 @@ def parse_manifest(text: bytes, file: object) -> Manifest:
             shards=[ShardEntry(**{**shard, "header": tuple(shard["header"])}) for shard in content["shards"]],
             provenance=content["provenance"],
             problems=[Problem(**problem) for problem in content["problems"]],
+            missing=[Missing(**missing) for missing in content["missing"]],
             matfound=content["matfound"],
         )
     except InputError as error:

@@ -213,6 +213,8 @@ def _number(value: Any, column: str) -> float:
 class TableDataset(SourceDataset):
     """Rows of tables. Every row has every label; an empty cell is NaN, or -1 in classes."""
 
+    refuses_missing = False
+
     def __init__(self, sources: Sequence[TableSource], name: str, allow_missing: bool, problems: Sequence[Problem]) -> None:
         self._tables, self._problems = list(sources), tuple(problems)
         super().__init__(sources, name, dict(sources[0].layout.keys), allow_missing)
@@ -226,12 +228,6 @@ class TableDataset(SourceDataset):
         """As `frame`, but without positions that the table does not have: without the time that a conformer takes."""
         number, local = self._locate(i)
         return self._tables[number].frame(local, embed=False)
-
-    def check_labels(self, frames: Sequence[int] | None = None) -> None:
-        return
-
-    def _compare_with_first(self, number: int, local: int, frame: Frame) -> None:
-        return
 
     def _read_keys(self, name: str) -> list[str]:
         """Values of a column, without making structures."""

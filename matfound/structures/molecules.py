@@ -34,6 +34,9 @@ _MAPS = re.compile(r":(\d+)\]")
 FRAGMENT_GAP = 3.0
 #: RDKit takes seeds of 32 bits.
 _MAX_SEED = 2**31 - 1
+#: Conformers from random coordinates take a second a try for 150 atoms, and those of Tox21 that are found are found within 5. RDKit
+#: tries ten times the number of atoms: a quarter of an hour for a molecule that has none.
+_RANDOM_TRIES = 20
 
 
 def from_smiles(smiles: str, *, hydrogens: bool = True, conformer_seed: int | None = None) -> AtomicData:
@@ -221,6 +224,7 @@ def _embed(mol: Chem.Mol, seed: int, smiles: str) -> Float[np.ndarray, "atoms 3"
     failed = rdDistGeom.EmbedMolecule(mol, options) < 0
     if failed:  # from random coordinates instead of the eigenvectors of the distance matrix: slower, and good for large rings
         options.useRandomCoords = True  # type: ignore[assignment]
+        options.maxIterations = _RANDOM_TRIES  # type: ignore[assignment]
         failed = rdDistGeom.EmbedMolecule(mol, options) < 0
     if failed:
         raise InputError(f"no conformer of '{smiles}' was found", remedy="try another conformer_seed, or leave it out")

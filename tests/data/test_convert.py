@@ -380,11 +380,23 @@ def test_a_shard_without_rows(source, tmp_path, blocks):
 def test_labels_that_only_some_frames_have(source, tmp_path, frames):
     frames[7].calc = None
     ase.io.write(source, frames)
-    with pytest.raises(InputError, match=r"cu.extxyz: frame 7: label '.*' is missing"):
-        convert(source, tmp_path / "s")
-    assert not (tmp_path / "s").exists()
-    convert(source, tmp_path / "s", allow_missing=True, rows_per_shard=5)
-    store = Store(tmp_path / "s")
+    summary = convert(source, tmp_path / "s", rows_per_shard=5)
+    assert [(label, row, having, of) for label, _, row, having, of in summary.missing] == [
+        ("energy", 7, 11, 12), ("forces", 7, 11, 12), ("stress", 7, 11, 12)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"cu.extxyz: frame 7: label 'energy' is missing, but 11 of 12 .* allow_missing: true"):
+        Store(tmp_path / "s")
+    assert len(Store(tmp_path / "s", index=":7")) == 7, "these have them"
+    with pytest.raises(InputError, match=r"frame 7: label 'energy' is missing, but 4 of 5 frames"):
+        Store(tmp_path / "s", index="7:")
+    store = Store(tmp_path / "s", allow_missing=True)
+    store.check_labels([0, 5, -1])
+    with pytest.raises(InputError, match=r"frame 7: label 'energy' is missing, but 1 of 2 frames"):
+        store.check_labels([0, 7])
+    assert convert(str(tmp_path / "s"), tmp_path / "again").missing == summary.missing
+    convert(source, tmp_path / "meant", allow_missing=True, rows_per_shard=5, workers=2)
+    store = Store(tmp_path / "meant")
+    assert not store.manifests[0].missing
     assert "energy" not in store.get(7) and "forces" not in store.get(7)
     assert torch.isnan(store.batch([6, 7]).energy).tolist() == [False, True]
     assert_same_rows(store, FileDataset(source, allow_missing=True))
