@@ -18,7 +18,8 @@ def test_cuda_equals_cpu() -> None:
     potential.fit_scales(Statistics(["default"], references, {"energy": torch.ones(1, dtype=torch.float64)}, {}, {"main": 20.0}))
     batch = collate([prepare(potential, random_crystal(seed)) for seed in range(3)])
     expected = potential(batch)
-    got = potential.to("cuda")(batch.to("cuda"))
+    batch = batch.to("cuda")
+    got = potential.to("cuda")(batch)
     for name, value in expected.items():
         assert torch.allclose(got[name].cpu(), value, rtol=1e-9, atol=1e-10), name
     potential.float().train()
