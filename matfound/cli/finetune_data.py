@@ -76,7 +76,7 @@ class Data:
         return open_dataset(files[0] if len(files) == 1 else files, **options, **({} if index is None else {"index": index}))
 
     def _survey(self, samples: list[Any]) -> None:
-        from matfound.data.dataset import labels
+        from matfound.data.labels import labels
 
         for sample in samples:
             self.labels |= labels(sample)

@@ -20,7 +20,8 @@ from typing import IO, Any
 from matfound import __version__
 from matfound.data.convert_sources import Origin, fingerprints, open_origin
 from matfound.data.convert_work import Done, Job, refusal, run, write_file
-from matfound.data.dataset import Dataset, Frame, LabelKinds, Missing, Problem, SourceDataset
+from matfound.data.dataset import Dataset, Frame, Problem, SourceDataset
+from matfound.data.labels import LabelKinds, Missing
 from matfound.data.open import CONVERSION, STORE
 from matfound.data.store_format import SCHEMA_VERSION, Manifest, digest, read_manifest
 from matfound.data.store_write import ShardBuilder

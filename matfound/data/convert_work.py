@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matfound.data.dataset import Dataset, LabelKinds, Problem, labels
+from matfound.data.dataset import Dataset, Problem
+from matfound.data.labels import LabelKinds, labels
 from matfound.data.store_format import ShardEntry
 from matfound.data.store_write import ShardBuilder
 from matfound.errors import InputError

@@ -12,6 +12,7 @@ import ase
 import numpy as np
 from ase.symbols import Symbols
 
+from matfound.data.labels import LabelKinds, inconsistent, labels, missing_labels
 from matfound.errors import InputError, nearest
 from matfound.fields import FIELDS, Field
 from matfound.structures.ase import Parts, from_parts, parts
@@ -39,44 +40,6 @@ class Problem(NamedTuple):
     file: str
     row: int
     reason: str
-
-
-class Missing(NamedTuple):
-    """A label that only some frames of a file have: the first frame that lacks it, and how many of how many have it."""
-
-    label: str
-    file: str
-    row: int
-    having: int
-    of: int
-
-    def error(self) -> InputError:
-        """What to say where that is not meant."""
-        return _inconsistent(self.label, self.file, self.row, f"{self.having} of {self.of} frames of the file have it")
-
-
-class LabelKinds:
-    """Which labels the frames of a file have."""
-
-    def __init__(self) -> None:
-        #: Labels, and whether there is a lattice: how many frames are so, and the first of them.
-        self.kinds: dict[tuple[frozenset[str], bool], tuple[int, int]] = {}
-
-    def add(self, names: frozenset[str], periodic: bool, row: int, frames: int = 1) -> None:
-        """Count frames, the first of which is `row`."""
-        count, first = self.kinds.get((names, periodic), (0, row))
-        self.kinds[names, periodic] = count + frames, min(first, row)
-
-    def missing(self, file: str) -> list[Missing]:
-        """Labels that only some frames have."""
-        some = frozenset[str]().union(*(names for names, _ in self.kinds))
-        total = sum(count for count, _ in self.kinds.values())
-        first: dict[str, int] = {}
-        for (names, periodic), (_, row) in self.kinds.items():
-            for label in missing_labels(names, periodic, some):
-                first[label] = min(first.get(label, row), row)
-        having = {label: sum(count for (names, _), (count, _) in self.kinds.items() if label in names) for label in first}
-        return [Missing(label, file, first[label], having[label], total) for label in sorted(first)]
 
 
 class Dataset(ABC):
@@ -421,7 +384,7 @@ class SourceDataset(Dataset):
         expected = labels(first) | labels(frame.data)
         for data, index in ((frame.data, local), (first, at)):
             if lacking := missing_labels(labels(data), bool(data.pbc.any()), expected):
-                raise _inconsistent(min(lacking), source.file, source.index(index), "other frames of the file have it")
+                raise inconsistent(min(lacking), source.file, source.index(index), "other frames of the file have it")
 
     @staticmethod
     def _first_frame(source: Source, local: int, frame: Frame) -> tuple[int, Frame]:
@@ -430,17 +393,6 @@ class SourceDataset(Dataset):
             return 0, frame
         before = (found for found in source.scan(0, local) if isinstance(found[1], Frame))
         return next(((at, first) for at, first in before if isinstance(first, Frame)), (local, frame))
-
-
-def labels(data: AtomicData) -> frozenset[str]:
-    """Names of the labels that a structure has."""
-    return frozenset(name for name in data.keys() if (field := FIELDS.get(name)) is not None and field.label)
-
-
-def missing_labels(names: frozenset[str], periodic: bool, expected: frozenset[str]) -> frozenset[str]:
-    """The expected labels that a structure with these lacks and could have: without a lattice there is no stress."""
-    lacking = expected - names
-    return lacking if periodic else lacking - {"stress"}
 
 
 def _value(frame: Frame, name: str) -> str | None:
@@ -461,15 +413,6 @@ def _check_consistent(source: Source, rows: Sequence[int]) -> None:
         kinds.add(labels(data), bool(data.pbc.any()), source.index(i))
     for missing in kinds.missing(source.file):
         raise missing.error()
-
-
-def _inconsistent(label: str, file: str, row: int, others: str) -> InputError:
-    return InputError(
-        f"label '{label}' is missing, but {others}",
-        remedy="repair the frame, or say that it is meant: allow_missing: true (--allow-missing on the command line)",
-        file=file,
-        frame=row,
-    )
 
 
 def as_key_map(keys: Mapping[str, Any] | None) -> KeyMap | None:

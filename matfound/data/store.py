@@ -13,8 +13,9 @@ import torch
 from ase.symbols import Symbols
 
 from matfound import catalog
-from matfound.data.dataset import COMPUTED_KEYS, Dataset, Frame, LabelKinds, Problem
+from matfound.data.dataset import COMPUTED_KEYS, Dataset, Frame, Problem
 from matfound.data.files import as_slice
+from matfound.data.labels import LabelKinds
 from matfound.data.open import STORE
 from matfound.data.store_format import Manifest, decoder, parse_manifest, read_manifest
 from matfound.data.store_read import Column, Rows, Shards

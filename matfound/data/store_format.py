@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from matfound.data.dataset import Missing, Problem
+from matfound.data.dataset import Problem
+from matfound.data.labels import Missing
 from matfound.data.open import CONVERSION, STORE
 from matfound.errors import InputError
 from matfound.fields import Field, declare, from_dict
