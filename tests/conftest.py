@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,17 @@ def shared_data() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip(f"no reference data at {folder} (set MATFOUND_DATA)")
     return folder
+
+
+@pytest.fixture
+def known_fields() -> Iterator[None]:
+    """Forget the fields that a test declares."""
+    from matfound import fields
+
+    known = dict(fields.FIELDS)
+    yield
+    fields.FIELDS.clear()
+    fields.FIELDS.update(known)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,13 +14,7 @@ from matfound.data.tables import open_table
 from matfound.errors import InputError
 from matfound.structures.atomic_data import collate
 
-
-@pytest.fixture(autouse=True)
-def _known_fields():
-    known = dict(fields.FIELDS)
-    yield
-    fields.FIELDS.clear()
-    fields.FIELDS.update(known)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 @pytest.fixture

@@ -18,13 +18,7 @@ from matfound.errors import InputError
 from matfound.structures.atomic_data import collate
 from matfound.units import factor
 
-
-@pytest.fixture(autouse=True)
-def _known_fields():
-    known = dict(fields.FIELDS)
-    yield
-    fields.FIELDS.clear()
-    fields.FIELDS.update(known)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 @pytest.fixture

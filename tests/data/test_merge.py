@@ -13,7 +13,6 @@ import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from rdkit import Chem
 
-from matfound import fields
 from matfound.data.dataset import Frame
 from matfound.data.files import FileDataset
 from matfound.data.merge import identify, merge
@@ -32,12 +31,7 @@ MOLECULES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _known_fields():
-    known = dict(fields.FIELDS)
-    yield
-    fields.FIELDS.clear()
-    fields.FIELDS.update(known)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 def rewritten(smiles, seed, *, hydrogens=False, maps=False, kekule=False, hydrogens_first=False):

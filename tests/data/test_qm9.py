@@ -33,12 +33,7 @@ ETHYNE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _known_fields():
-    known = dict(fields.FIELDS)
-    yield
-    fields.FIELDS.clear()
-    fields.FIELDS.update(known)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 @pytest.fixture

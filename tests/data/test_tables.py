@@ -30,12 +30,7 @@ from matfound.units import factor
 MOLECULES = ["C", "CCO", "c1ccccc1", "CC(=O)[O-].[Na+]"]
 
 
-@pytest.fixture(autouse=True)
-def _known_fields():
-    known = dict(fields.FIELDS)
-    yield
-    fields.FIELDS.clear()
-    fields.FIELDS.update(known)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 @pytest.fixture

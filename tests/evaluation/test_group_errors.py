@@ -22,11 +22,7 @@ from matfound.structures.atomic_data import AtomicData
 NAMES = ("props", "assays", "kinds", "local")
 
 
-@pytest.fixture(autouse=True)
-def forgotten():
-    yield
-    for name in NAMES:
-        fields.FIELDS.pop(name, None)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 @pytest.fixture

@@ -24,11 +24,7 @@ NAN = torch.nan
 NAMES = ("props", "assays", "kinds", "local")
 
 
-@pytest.fixture(autouse=True)
-def forgotten():
-    yield
-    for name in NAMES:
-        fields.FIELDS.pop(name, None)
+pytestmark = pytest.mark.usefixtures("known_fields")
 
 
 @pytest.fixture
