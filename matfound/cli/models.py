@@ -45,7 +45,7 @@ def add_parser(verbs: Any) -> None:
         "convert",
         help="checkpoints of other projects",
         description="Turn a checkpoint of another project into a folder of matfound. The file is read by a restricted unpickler: it cannot "
-        "run code. Formats: SevenNet (.pth).",
+        "run code. Formats: SevenNet (.pth); MACE, exported as the documentation of matfound.models.convert.mace says.",
     )
     convert.add_argument("file", metavar="FILE", help="a checkpoint, or the name of a published potential")
     convert.add_argument("out", metavar="OUT", help="folder to write; it must not exist, or be empty")

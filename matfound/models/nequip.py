@@ -23,7 +23,7 @@ from matfound.nn.heads import atom_dataset
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
-from matfound.ops.tensor_product import TensorProductSpec, tensor_product_gather_sum
+from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, edge_order, tensor_product_gather_sum
 from matfound.structures.atomic_data import AtomicData
 
 SelfConnection = Literal["linear", "nequip", "elements", "none"]
@@ -57,7 +57,7 @@ class Interaction(nn.Module):
         self_connection: SelfConnection,
         normalize_radial: bool = True,
         modalities: int = 0,
-        backend: str = "reference",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.gate = Gate(irreps_out)
@@ -84,11 +84,12 @@ class Interaction(nn.Module):
         source: Int[Tensor, " edges"],
         target: Int[Tensor, " edges"],
         modality: Float[Tensor, "atoms modalities"] | None = None,
+        order: EdgeOrder | None = None,
     ) -> Float[Tensor, "atoms dim_out"]:
-        """New features of each atom."""
+        """New features of each atom; `order` is that of the edges, where it is known."""
         weights = self.weight_network(radial)
         sent = self.linear_in(_append(x, modality))
-        messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend)
+        messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend, order)
         out = self.linear_out(_append(messages / self.denominator, modality))
         if self.self_connection is not None:
             out = out + self.connection_scale * self.self_connection(x, element if self.elementwise else None)
@@ -144,7 +145,7 @@ class NequIP(Backbone):
         normalize_radial: bool = True,
         embedding_scale: float = 1.0,
         modalities: Sequence[int] | None = None,
-        backend: str = "reference",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.graphs = {MAIN_GRAPH: GraphSpec(cutoff)}
@@ -202,7 +203,9 @@ class NequIP(Backbone):
         vectors = edge_vectors(batch).detach().requires_grad_(torch.is_grad_enabled())
         source, target = batch.edge_index
         modality = self._modality(batch)
-        scalars = self.features(batch.numbers, vectors, source, target, modality)
+        by_source = batch.edge_perm if "edge_perm" in batch else None
+        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True) if source.is_cuda else None
+        scalars = self.features(batch.numbers, vectors, source, target, modality, order)
         return NodeFeatures(scalars=_append(scalars, modality), vectors={MAIN_GRAPH: vectors})
 
     def grown(self, parent: int) -> dict[str, Any]:
@@ -223,15 +226,16 @@ class NequIP(Backbone):
         source: Int[Tensor, " edges"],
         target: Int[Tensor, " edges"],
         modality: Float[Tensor, "atoms modalities"] | None = None,
+        order: EdgeOrder | None = None,
     ) -> Float[Tensor, "atoms scalars"]:
-        """The network on bare tensors: vectors in Å, float64, cast to the weights' type here."""
+        """The network on bare tensors: vectors in Å, float64, cast to the weights' type here; `order` as in `Interaction`."""
         element = self.element_row[numbers]
         x = self.embedding[element] * self.embedding_scale
         v = vectors.to(x.dtype)
         radial = self.basis(torch.linalg.vector_norm(v, dim=1))
         harmonics = spherical_harmonics(v, self.lmax, normalize=self.normalize_harmonics)
         for layer in self.layers:
-            x = layer(x, element, harmonics, radial, source, target, modality)
+            x = layer(x, element, harmonics, radial, source, target, modality, order)
         return x
 
 

@@ -3,22 +3,42 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
+
 from matfound.errors import InputError, nearest
-from matfound.ops.tensor_product import reference
+from matfound.ops import gaunt, symmetric_contraction
+from matfound.ops.cuda import compiler
+from matfound.ops.tensor_product import cuda, reference
 
 #: (operation, backend) → function. Signatures and semantics are those of the reference.
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("tensor_product", "reference"): reference.per_edge,
+    ("tensor_product", "cuda"): cuda.per_edge,
     ("tensor_product_gather_sum", "reference"): reference.gather_sum,
+    ("tensor_product_gather_sum", "cuda"): cuda.gather_sum,
+    ("symmetric_contraction", "reference"): symmetric_contraction.reference,
+    ("gaunt_product", "reference"): gaunt.reference,
+    ("gaunt_product", "grid"): gaunt.grid,
+    ("gaunt_product", "fourier"): gaunt.fourier,
 }
 
 
-def get(operation: str, backend: str = "reference") -> Callable[..., Any]:
+def get(operation: str, backend: str = "reference", device: torch.device | None = None) -> Callable[..., Any]:
     """The function of an operation on a backend.
+
+    Args:
+        operation: its name in `TABLE`.
+        backend: "reference", "cuda" (kernels of our own, compiled when they are first used), …; or "auto": "cuda" for tensors on a GPU
+            where there is one and NVRTC is installed, else "reference".
+        device: where the tensors are, for "auto".
 
     Raises:
         InputError: no such operation or backend; the nearest name is suggested.
     """
+    if backend == "auto":
+        fits = device is not None and device.type == "cuda" and (operation, "cuda") in TABLE and compiler.is_available()
+        backend = "cuda" if fits else "reference"
     function = TABLE.get((operation, backend))
     if function is None:
         known = [b for o, b in TABLE if o == operation]
@@ -26,3 +46,21 @@ def get(operation: str, backend: str = "reference") -> Callable[..., Any]:
             raise InputError(f"there is no operation '{operation}'", remedy=nearest(operation, {o for o, _ in TABLE}))
         raise InputError(f"'{operation}' has no backend '{backend}'", remedy=nearest(backend, known))
     return function
+
+
+def choose(model: nn.Module, backend: str) -> int:
+    """Use a backend in every layer of a built model that has a choice; its state dict stays as it is.
+
+    Returns:
+        How many layers have one.
+
+    Raises:
+        InputError: no operation has such a backend.
+    """
+    known = {name for _, name in TABLE} | {"auto"}
+    if backend not in known:
+        raise InputError(f"there is no backend '{backend}'", remedy=nearest(backend, known))
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "backend", None), str)]
+    for layer in layers:
+        setattr(layer, "backend", backend)  # noqa: B010 - modules declare no such attribute
+    return len(layers)

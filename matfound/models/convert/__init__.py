@@ -7,7 +7,7 @@ from typing import Any
 from matfound import unpickle
 from matfound.errors import InputError
 from matfound.models.base import Potential
-from matfound.models.convert import sevennet
+from matfound.models.convert import mace, sevennet
 
 #: Raised when a conversion changes, so that cached copies are made anew.
 CONVERTER_VERSION = 1
@@ -17,7 +17,7 @@ def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence:
     """The potential of a foreign checkpoint, which is recognised by its content.
 
     Args:
-        file: a SevenNet checkpoint (`torch.save`, ending in .pth).
+        file: a SevenNet checkpoint (`torch.save`, ending in .pth), or a MACE model exported as `matfound.models.convert.mace` says.
         datasets: names for the vocabulary where the file has none.
         licence: of the weights.
 
@@ -27,14 +27,27 @@ def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence:
     Raises:
         InputError: not a format that is read, damaged, or with parts that are not known; names the file and those parts.
     """
-    content = unpickle.load(file)
+    content = _load(file)
     try:
-        if not sevennet.recognises(content):
-            raise InputError(f"not a checkpoint that can be converted: {_kind(content)}", remedy="give a SevenNet checkpoint (.pth)")
-        potential = sevennet.convert(content, datasets, licence)  # type: ignore[arg-type]
+        adapter = next((adapter for adapter in (sevennet, mace) if adapter.recognises(content)), None)
+        if adapter is None:
+            remedy = "give a SevenNet checkpoint (.pth), or an exported MACE model"
+            raise InputError(f"not a checkpoint that can be converted: {_kind(content)}", remedy=remedy)
+        potential = adapter.convert(content, datasets, licence)
     except InputError as error:
         raise error.at(file) from None
     return potential.eval().requires_grad_(False)
+
+
+def _load(file: str | os.PathLike[str]) -> object:
+    """The content of a file; of a pickled MACE model, what to do with it."""
+    try:
+        return unpickle.load(file)
+    except InputError as error:
+        if "'mace." not in error.problem:
+            raise
+        remedy = "export it with mace-torch; the lines to run are in the documentation of matfound.models.convert.mace"
+        raise InputError("a pickled object of mace-torch, which only its own code can read", remedy=remedy, file=file) from error
 
 
 def _kind(content: Any) -> str:

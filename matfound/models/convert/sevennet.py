@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from e3nn.o3 import Irrep, Irreps, wigner_3j
+from e3nn.o3 import Irrep, Irreps
 from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.models.base import Potential
+from matfound.models.convert.tensors import Tensors, coupling_sign, flat_size, matrices
 from matfound.models.nequip import Interaction, NequIP, layer_irreps
 from matfound.nn.heads import EnergyHead
 
@@ -29,7 +30,6 @@ _OLD_NAMES = {
 }
 #: Constants of e3nn: empty weights and biases, masks of ones, Clebsch-Gordan blocks.
 _CONSTANTS = re.compile(r"\.(output_mask|bias|_w3j_\d_\d_\d)$|\.(convolution|mul)\.weight$")
-_COUPLINGS = re.compile(r"_w3j_(\d)_(\d)_(\d)$")
 #: Radial weights are in the order of the sorted output blocks from here on.
 _SORTED_FROM = (0, 11)
 #: Options of the training file, and the only value of each that the network here has.
@@ -50,10 +50,18 @@ def recognises(content: object) -> bool:
     return isinstance(content, dict) and {"model_state_dict", "config"} <= content.keys() and "_type_map" in content["config"]
 
 
+def _present(key: str) -> str:
+    """The present name of a tensor."""
+    name = key.replace(" ", "_")
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
 def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: str = "") -> Potential:
     """The potential of an unpickled checkpoint; see `matfound.models.convert.convert`."""
     config = _Config.of(content["config"])
-    state = _State(content["model_state_dict"])
+    state = Tensors(content["model_state_dict"], _CONSTANTS, "those of sevenn 0.13.0", _present)
     names = config.modalities or list(datasets or ["default"])
     if len(datasets) > 1 and list(datasets) != names:
         raise InputError(f"the file has the levels of theory {', '.join(names)}, received {', '.join(datasets)}", remedy="leave them out")
@@ -67,66 +75,6 @@ def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: s
         _load_readout(head, config, state, width // hidden)
     state.finish()
     return potential
-
-
-class _State:
-    """The tensors, under the present names; each is taken once."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self.left: dict[str, Tensor] = {}
-        for key, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise InputError(f"'{key}' is no tensor but {type(value).__name__}", remedy="get the file again")
-            name = key.replace(" ", "_")
-            for old, new in _OLD_NAMES.items():
-                name = name.replace(old, new)
-            self.left[name] = value
-
-    def peek(self, key: str) -> Tensor:
-        if key not in self.left:
-            raise InputError(f"the tensor '{key}' is missing", remedy="get the file again, or it is of an unknown kind")
-        return self.left[key]
-
-    def take(self, key: str, *shape: int) -> Tensor:
-        """The tensor, which has to be of this shape.
-
-        Raises:
-            InputError: it is missing, of another shape, or not finite.
-        """
-        value = self.peek(key)
-        expected = 1
-        for size in shape:
-            expected *= size
-        if shape and value.numel() != expected:
-            raise InputError(f"the tensor '{key}' has shape {tuple(value.shape)}, expected {expected} numbers, {shape}")
-        if not torch.isfinite(value).all():
-            raise InputError(f"the tensor '{key}' has values that are not finite", remedy="get the file again")
-        del self.left[key]
-        return value.reshape(shape) if shape else value
-
-    def couplings(self, layer: int) -> dict[tuple[int, int, int], Tensor]:
-        """Clebsch-Gordan blocks that a layer was trained with."""
-        prefix = f"{layer}_convolution."
-        found = {}
-        for key, value in self.left.items():
-            match = _COUPLINGS.search(key)
-            if match and key.startswith(prefix):
-                found[int(match[1]), int(match[2]), int(match[3])] = value
-        return found
-
-    def finish(self) -> None:
-        """Refuse what was not understood.
-
-        Raises:
-            InputError: lists the unknown keys.
-        """
-        unknown = sorted(key for key in self.left if not _CONSTANTS.search(key))
-        if unknown:
-            listed = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-            raise InputError(
-                f"the file has tensors that this version of matfound does not know: {listed}",
-                remedy="it is of a newer or other kind of SevenNet; matfound reads those of sevenn 0.13.0",
-            )
 
 
 @dataclass
@@ -186,7 +134,7 @@ class _Config:
         largest = max(outputs, key=lambda text: Irreps(text).dim)
         return largest if layer_irreps(largest, str(self.irreps_sh), self.layers)[1:] == outputs else outputs
 
-    def backbone(self, state: _State) -> NequIP:
+    def backbone(self, state: Tensors) -> NequIP:
         """The network, with weights of its own."""
         envelope = dict(self.raw["cutoff_function"])
         kind = envelope["cutoff_function_name"]
@@ -254,7 +202,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-def _load_backbone(backbone: NequIP, config: _Config, state: _State) -> None:
+def _load_backbone(backbone: NequIP, config: _Config, state: Tensors) -> None:
     intro, outro, _ = config.modal_parts
     number = len(config.modalities)
     backbone.basis.frequencies.copy_(state.take("edge_embedding.basis_function.coeffs", backbone.basis.frequencies.numel()))
@@ -278,7 +226,7 @@ def _load_backbone(backbone: NequIP, config: _Config, state: _State) -> None:
         *hidden, last = layer.weight_network.weights
         for i, weight in enumerate(hidden):
             weight.copy_(state.take(f"{n}_convolution.weight_nn.layer{i}.weight", *weight.shape))
-        columns, signs = _columns(layer, config, paths, state.couplings(n), n)
+        columns, signs = _columns(layer, config, paths, state.couplings(f"{n}_convolution."), n)
         total = sum(irreps_in[i].mul for i, _, _ in paths)
         stored = state.take(f"{n}_convolution.weight_nn.layer{len(hidden)}.weight", last.shape[0], total)
         last.copy_(stored[:, columns] * signs)
@@ -288,7 +236,7 @@ def _load_linear(
     weights: Any,
     irreps_in: Irreps,
     irreps_out: Irreps,
-    state: _State,
+    state: Tensors,
     key: str,
     modalities: int = 0,
     *,
@@ -299,21 +247,11 @@ def _load_linear(
 
     The modality is an input block of its own, the last one. Here, blocks of one irrep are one.
     """
-    blocks = [*irreps_in, *([(modalities, Irrep("0e"))] if has_modality else [])]
-    pairs = [(i, k) for i, (_, ir) in enumerate(blocks) for k, (_, other) in enumerate(irreps_out) if ir == other]
-    middle = () if elements is None else (elements,)
-    sizes = [blocks[i][0] * (elements or 1) * irreps_out[k].mul for i, k in pairs]
-    pieces = dict(zip(pairs, state.take(key, sum(sizes)).split(sizes), strict=True))
+    blocks = Irreps([*irreps_in, *([(modalities, Irrep("0e"))] if has_modality else [])])
+    found = matrices(state.take(key, flat_size(blocks, irreps_out, elements or 1)), blocks, irreps_out, elements)
     for name, weight in weights.items():
-        ir = Irrep(name)
-        rows = []
-        for i, (mul, other) in enumerate(blocks):
-            if other == ir:
-                columns = [pieces[i, k].reshape(mul, *middle, out) for k, (out, target) in enumerate(irreps_out) if target == ir]
-                rows.append(torch.cat(columns, dim=-1))
-        found = torch.cat(rows, dim=0)
-        found = found if elements is None else found.transpose(0, 1)  # element first
-        weight[..., : found.shape[-2], :] = found
+        matrix = found[Irrep(name)]
+        weight[..., : matrix.shape[-2], :] = matrix
     if modalities and not has_modality:
         _without_modality(weights["0e"], irreps_in.count("0e"))
 
@@ -356,28 +294,11 @@ def _columns(
         ir = layer.spec.blocks_out[k].ir
         begin = start[i, j, ir]
         columns.append(torch.arange(begin, begin + blocks[i].mul))
-        signs.append(torch.full((blocks[i].mul,), _sign((blocks[i].ir.l, irreps_sh[j].ir.l, ir.l), couplings, n)))
+        signs.append(torch.full((blocks[i].mul,), coupling_sign((blocks[i].ir.l, irreps_sh[j].ir.l, ir.l), couplings, f"layer {n}")))
     return torch.cat(columns), torch.cat(signs)
 
 
-def _sign(path: tuple[int, int, int], couplings: Mapping[tuple[int, int, int], Tensor], n: int) -> float:
-    """-1 where the file's coefficients are minus ours.
-
-    Raises:
-        InputError: they are missing, or neither equal nor opposite.
-    """
-    if 0 in path:
-        return 1.0  # a Kronecker delta, the same in every version, and not stored
-    if path not in couplings:
-        raise InputError(f"layer {n} does not store the Clebsch-Gordan coefficients of {path}", remedy="save it with e3nn's tensor product")
-    stored, ours = couplings[path].double(), wigner_3j(*path, dtype=torch.float64)
-    for sign in (1.0, -1.0):
-        if stored.shape == ours.shape and torch.allclose(stored, sign * ours, atol=1e-5):
-            return sign
-    raise InputError(f"the Clebsch-Gordan coefficients of {path} in layer {n} are neither ours nor minus ours", remedy="get the file again")
-
-
-def _load_readout(head: EnergyHead, config: _Config, state: _State, width: int) -> None:
+def _load_readout(head: EnergyHead, config: _Config, state: Tensors, width: int) -> None:
     number = len(config.modalities)
     weight = head.readout.hidden[0]
     fan = weight.shape[0] - number

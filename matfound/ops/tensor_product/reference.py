@@ -8,6 +8,7 @@ from e3nn.o3 import wigner_3j
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from matfound.ops.tensor_product.order import EdgeOrder
 from matfound.ops.tensor_product.spec import TensorProductSpec
 
 
@@ -90,8 +91,9 @@ def gather_sum(
     weights: Float[Tensor, "edges weight_numel"],
     source: Int[Tensor, " edges"],
     target: Int[Tensor, " edges"],
+    order: EdgeOrder | None = None,  # noqa: ARG001 - for likeness with other backends
 ) -> Float[Tensor, "atoms dim_out"]:
-    """The product of every edge with its source's features, summed over the edges of each target."""
+    """The product of every edge with its source's features, summed over the edges of each target; `order` is not needed here."""
     messages = _blocks(spec, x[source], y, weights)
     # Block by block, so that nothing of the size of all edges is copied to be joined.
     sums = [m if m is None else x.new_zeros(x.shape[0], m.shape[1]).index_add(0, target, m) for m in messages]
