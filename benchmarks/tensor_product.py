@@ -83,10 +83,10 @@ def e3nn(problem: Problem) -> Function:
     paths = [(i, j, k, "uvu", True) for i, j, k in spec.paths]
     product = E3nnTensorProduct(spec.irreps_in, spec.irreps_sh, spec.irreps_out, paths, shared_weights=False, internal_weights=False)
     product = product.to(problem.device)
+    source, target, nodes, width = problem.source, problem.target, problem.nodes, spec.blocks_out.dim
 
     def run(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        out = x.new_zeros(problem.nodes, spec.blocks_out.dim)
-        return out.index_add(0, problem.target, product(x[problem.source], y, w))
+        return x.new_zeros(nodes, width).index_add(0, target, product(x[source], y, w))
 
     return run
 
@@ -219,6 +219,8 @@ def measure(name: str, make: Callable[[Problem], Function], layout: bool, proble
         row["first_use_s"] = time.perf_counter() - began
     except ImportError as error:
         return row | {"skipped": f"not installed: {error.name or error}"}
+    except Exception as error:  # noqa: BLE001 - one that fails must not end the comparison
+        return row | {"skipped": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:150]}"}
     row["output"] = out if layout else from_e3nn(out, problem.spec.irreps_out)
     for task, call in tasks(function, tensors).items():
         if cuda:
