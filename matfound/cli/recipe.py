@@ -380,7 +380,7 @@ def _check_arguments(value: Any, cls: Any, at: _At, given: int = 0) -> None:
 
 
 #: Classes to name as an example where others would be as good.
-USUAL = (".FileDataset",)
+USUAL = (".FileDataset", ".NequIP")
 
 
 def _parameters(cls: Any, given: int = 0) -> dict[str, inspect.Parameter]:
