@@ -31,15 +31,17 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def known_fields() -> Iterator[None]:
-    """Forget the fields that a test declares."""
+    """Forget the fields that a test declares: the next one in this process may give their names to others."""
     from matfound import fields
 
-    known = dict(fields.FIELDS)
+    known, from_data = dict(fields.FIELDS), set(fields._FROM_DATA)
     yield
     fields.FIELDS.clear()
     fields.FIELDS.update(known)
+    fields._FROM_DATA.clear()
+    fields._FROM_DATA.update(from_data)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

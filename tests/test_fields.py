@@ -8,15 +8,6 @@ from matfound.errors import InputError
 from matfound.fields import FIELDS, Field
 
 
-@pytest.fixture(autouse=True)
-def _table(monkeypatch):
-    monkeypatch.setattr(fields, "_FROM_DATA", set(fields._FROM_DATA))
-    known = dict(FIELDS)
-    yield
-    FIELDS.clear()
-    FIELDS.update(known)
-
-
 def test_model_and_data_complete_each_other():
     model = fields.group("assays_a", 2, dtype="int64")
     assert model.columns == () and model.group

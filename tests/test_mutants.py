@@ -98,7 +98,9 @@ def run(root: Path, tests: Sequence[str]) -> dict[str, bool]:
     environment.setdefault("MATFOUND_DATA", str(REPO.parent / "shared"))
     report = root / "report.xml"
     # Without the import hook that checks shapes: twice as fast, and values are to be caught here, not types.
+    # And a folder of its own for temporary files: a run of pytest removes those of all but the last three.
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", f"--junitxml={report}"]
+    options.append(f"--basetemp={root / 'tmp'}")
     command = [sys.executable, "-m", "pytest", *options, *tests]
     process = subprocess.run(command, check=False, cwd=root, env=environment, capture_output=True, text=True)
     assert process.returncode in (0, 1), process.stdout + process.stderr

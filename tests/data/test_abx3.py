@@ -14,8 +14,6 @@ from matfound.data.tables import open_table
 from matfound.errors import InputError
 from matfound.structures.atomic_data import collate
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
 
 @pytest.fixture
 def data(shared_data):

@@ -18,8 +18,6 @@ from matfound.errors import InputError
 from matfound.structures.atomic_data import collate
 from matfound.units import factor
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
 
 @pytest.fixture
 def molecules(shared_data):

@@ -31,9 +31,6 @@ MOLECULES = [
 ]  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
-
 def rewritten(smiles, seed, *, hydrogens=False, maps=False, kekule=False, hydrogens_first=False):
     """The same molecule as another string: another order of atoms, and as the options say."""
     rng = random.Random(seed)

@@ -33,9 +33,6 @@ ETHYNE = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
-
 @pytest.fixture
 def npz(shared_data):
     return shared_data / "data" / "molecules" / "qm9_10k_3d_mulliken.npz"

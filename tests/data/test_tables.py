@@ -30,9 +30,6 @@ from matfound.units import factor
 MOLECULES = ["C", "CCO", "c1ccccc1", "CC(=O)[O-].[Na+]"]
 
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
-
 @pytest.fixture
 def write(tmp_path):
     def make(text, name="table.csv"):

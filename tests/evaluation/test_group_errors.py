@@ -22,9 +22,6 @@ from matfound.structures.atomic_data import AtomicData
 NAMES = ("props", "assays", "kinds", "local")
 
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
-
 @pytest.fixture
 def potential():
     torch.manual_seed(0)

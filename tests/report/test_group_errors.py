@@ -16,20 +16,6 @@ from matfound.report.plots import parity
 NAN = np.nan
 
 
-@pytest.fixture
-def declare():
-    """Declares a group for one test."""
-    names = []
-
-    def make(name, columns, **options):
-        names.append(name)
-        return fields.group(name, columns, **options)
-
-    yield make
-    for name in names:
-        fields.FIELDS.pop(name, None)
-
-
 def table_of(name, ref, pred, base=None, *, datasets=("a",), kinds=("",), **options) -> ErrorTable:
     """Structure by structure, as an evaluation does it."""
     table = ErrorTable(**options)
@@ -41,8 +27,8 @@ def table_of(name, ref, pred, base=None, *, datasets=("a",), kinds=("",), **opti
     return table
 
 
-def test_numbers_of_several_units(declare):
-    declare("props", ["mu", "alpha", "empty"], units=["D", "bohr^3", "eV"])
+def test_numbers_of_several_units():
+    fields.group("props", ["mu", "alpha", "empty"], units=["D", "bohr^3", "eV"])
     rng = np.random.default_rng(0)
     ref = rng.normal(size=(50, 3)) * [1, 100, 1] + [0, 1e6, 0]
     ref[rng.random((50, 3)) < 0.3] = NAN
@@ -72,8 +58,8 @@ def test_numbers_of_several_units(declare):
         assert rows[name]["gain"] == pytest.approx(np.nanmean(np.abs(ref[:, k] - mean[k])) / mae[k])
 
 
-def test_numbers_of_one_unit(declare):
-    declare("props", ["homo", "lumo"], units=["eV", "eV"])
+def test_numbers_of_one_unit():
+    fields.group("props", ["homo", "lumo"], units=["eV", "eV"])
     ref = np.array([[1.0, 2.0], [3.0, NAN]])
     pred = np.array([[1.5, 2.5], [2.0, 9.0]])
     table = table_of("props", ref, pred, datasets=("a", "b"), kinds=("x",))
@@ -91,8 +77,8 @@ def test_numbers_of_one_unit(declare):
         table.columns("energy")
 
 
-def test_beside_other_fields(declare):
-    declare("props", 2)
+def test_beside_other_fields():
+    fields.group("props", 2)
     table = table_of("props", np.ones((3, 2)), np.zeros((3, 2)))
     table.add("gap", 1.0, 1.5, natoms=2, dataset="a")
     assert [row["field"] for row in table.rows()] == ["gap", "props"]
@@ -101,8 +87,8 @@ def test_beside_other_fields(declare):
     assert "R2" not in table.columns("props")[0]  # all labels are alike
 
 
-def test_labels_of_atoms(declare):
-    declare("local", ["q", "v"], level="atom")
+def test_labels_of_atoms():
+    fields.group("local", ["q", "v"], level="atom")
     ref = np.array([[1.0, NAN], [NAN, NAN], [3.0, 4.0]])
     table = ErrorTable()
     table.add("local", ref, np.zeros((3, 2)), natoms=3, numbers=[1, 1, 8])
@@ -112,8 +98,8 @@ def test_labels_of_atoms(declare):
 
 
 @pytest.mark.parametrize("columns", [5, 1328])
-def test_two_classes(columns, declare):
-    declare("assays", columns, dtype="int64")
+def test_two_classes(columns):
+    fields.group("assays", columns, dtype="int64")
     rng = np.random.default_rng(1)
     label = rng.integers(-1, 2, (300, columns))
     label[:, 0] = np.minimum(label[:, 0], 0)  # no active one
@@ -141,8 +127,8 @@ def test_two_classes(columns, declare):
     assert table.mae("assays") == row["accuracy"]
 
 
-def test_several_classes(declare):
-    declare("kinds", 2, dtype="int64")
+def test_several_classes():
+    fields.group("kinds", 2, dtype="int64")
     logits = np.array([[[0.0, 0, 1], [5, 0, 0]], [[0, 1, 0], [0, 0, 1]]])
     table = table_of("kinds", np.array([[2, 1], [-1, 2]]), logits)
     (row,) = table.rows()
@@ -154,17 +140,14 @@ def test_several_classes(declare):
 
 def test_a_single_label_as_logits():
     fields.declare(fields.Field("active", "system", "int64", label=True))
-    try:
-        table = ErrorTable()
-        for label, logit in ((1, 3.0), (0, -2.0), (1, -0.5)):
-            table.add("active", torch.tensor([label]), torch.tensor([logit]), natoms=1)
-        assert table.mae("active") == pytest.approx(2 / 3)
-    finally:
-        fields.FIELDS.pop("active")
+    table = ErrorTable()
+    for label, logit in ((1, 3.0), (0, -2.0), (1, -0.5)):
+        table.add("active", torch.tensor([label]), torch.tensor([logit]), natoms=1)
+    assert table.mae("active") == pytest.approx(2 / 3)
 
 
-def test_what_is_refused(declare):
-    declare("props", 2)
+def test_what_is_refused():
+    fields.group("props", 2)
     table = ErrorTable()
     with pytest.raises(InputError, match="prediction of 'props' of structure 'x' is not finite"):
         table.add("props", [[1.0, NAN]], [[NAN, 1.0]], natoms=1, name="x")
@@ -174,9 +157,9 @@ def test_what_is_refused(declare):
         table.add("props", [[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], natoms=1)
 
 
-def test_parity_of_few_columns_only(declare):
-    declare("few", ["a", "b"], units=["eV", "D"])
-    declare("many", 21)
+def test_parity_of_few_columns_only():
+    fields.group("few", ["a", "b"], units=["eV", "D"])
+    fields.group("many", 21)
     rng = np.random.default_rng(0)
     ref = rng.normal(size=(600, 2))
     ref[::3, 0] = NAN
@@ -190,8 +173,8 @@ def test_parity_of_few_columns_only(declare):
     assert len(parity([first, second]).axes) == 2
 
 
-def test_memory_does_not_grow_with_structures(declare):
-    declare("props", 3)
+def test_memory_does_not_grow_with_structures():
+    fields.group("props", 3)
     table = ErrorTable(max_points=30)
     for _ in range(3000):
         table.add("props", np.ones((1, 3)), np.zeros((1, 3)), natoms=1)

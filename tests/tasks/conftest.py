@@ -1,6 +1,6 @@
 """Small structures with any labels, two declared class labels, and a model for all of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ase
@@ -21,13 +21,10 @@ DATASETS = ("molecules", "crystals")
 
 
 @pytest.fixture(autouse=True)
-def declared() -> Iterator[None]:
+def declared(known_fields: None) -> None:
     """A class of each structure and of each atom."""
     for field in (Field("phase", "system", "int64", label=True), Field("site", "atom", "int64", label=True)):
         fields.declare(field)
-    yield
-    for name in ("phase", "site"):
-        fields.FIELDS.pop(name)
 
 
 @pytest.fixture

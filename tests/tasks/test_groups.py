@@ -24,9 +24,6 @@ NAN = torch.nan
 NAMES = ("props", "assays", "kinds", "local")
 
 
-pytestmark = pytest.mark.usefixtures("known_fields")
-
-
 @pytest.fixture
 def potential():
     torch.manual_seed(0)

@@ -8,21 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matfound import fields
 from matfound.structures.atomic_data import collate
 
 sys.path.insert(0, str(Path(__file__).parent))  # as for the script itself
 import two_ranks
 
 sys.path.pop(0)
-
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    """The groups of the model are gone afterwards."""
-    yield
-    for name in two_ranks.NAMES:
-        fields.FIELDS.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matfound.errors import InputError
-from matfound.fields import FIELDS, group
+from matfound.fields import group
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
 from matfound.structures.atomic_data import AtomicData, collate, empty_batch
@@ -118,9 +118,6 @@ def labelled(seed: int, count: int = 60) -> list[AtomicData]:
 def groups():
     group("some", ["a", "b", "c"])
     group("sites", 2, level="atom", dtype="int64")
-    yield
-    for name in ("some", "sites"):
-        FIELDS.pop(name)
 
 
 @pytest.mark.usefixtures("groups")

@@ -14,7 +14,6 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from matfound import fields
 from matfound.errors import InputError
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
@@ -27,7 +26,6 @@ from matfound.tasks.target import Target
 
 #: Which structures each rank has: unlike in number, in size and in their labels.
 SHARES = ([0, 1, 2, 3], [4, 5])
-NAMES = ("ranks_numbers", "ranks_assays", "ranks_kinds", "ranks_nodes")
 
 
 def module() -> MultiTask:
@@ -145,5 +143,3 @@ def main(rank: int, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]), Path(sys.argv[2]))
-    for name in NAMES:
-        fields.FIELDS.pop(name)

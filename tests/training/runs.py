@@ -1,10 +1,13 @@
 """Runs of `matfound fit` in processes of their own, on a recipe that takes a second."""
 
+import contextlib
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +70,14 @@ class Run:
         self.pids: list[int] = json.loads(server.read())
         self.codes: list[int] = []
 
-    def wait(self) -> int:
-        """Its exit code (of the first rank); minus the signal that killed it."""
-        self.codes = json.loads(self.server.read())
+    def wait(self, seconds: float = 200) -> int:
+        """Its exit code (of the first rank); minus the signal that killed it, as this does when it takes longer than that."""
+        alarm = threading.Timer(seconds, self.kill, (signal.SIGKILL,))
+        alarm.start()
+        try:
+            self.codes = json.loads(self.server.read())
+        finally:
+            alarm.cancel()
         return self.codes[0]
 
     @property
@@ -79,7 +87,8 @@ class Run:
 
     def kill(self, number: int) -> None:
         for process in self.pids:
-            os.kill(process, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(process, number)
 
 
 class Server:
