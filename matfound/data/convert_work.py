@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from matfound.data.dataset import Dataset, Problem
 from matfound.data.labels import LabelKinds, labels
@@ -210,21 +210,23 @@ def run(job: Job, todo: Sequence[int], workers: int, advance: Callable[[int], No
 
 
 class _Workers:
-    """Processes that take the next shard when they are done with one.
+    """Processes that are each handed the next shard when they are done with one.
 
-    They are started anew (spawned): torch's threads and open databases do not survive a fork.
+    They are started anew (spawned): torch's threads and open databases do not survive a fork. Nothing is locked, so that one that is killed
+    at any moment holds up nobody: whoever waits, waits on pipes, which close with their process.
     """
 
     def __init__(self, job: Job, todo: Sequence[int], count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._next, self._rows = context.Value("q", 0), context.Value("q", 0)
-        self._seen = 0
+        self._todo = list(todo)
         self._left = len(todo)
+        self._rows = context.RawArray("q", count)  # each process counts in a place of its own
+        self._seen = 0
         self._processes = []
         self._pipes: list[Connection] = []
-        for _ in range(count):
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(job, list(todo), self._next, self._rows, there), daemon=True)
+        for place in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(job, self._rows, place, there), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
@@ -243,24 +245,30 @@ class _Workers:
 
     def results(self, advance: Callable[[int], None]) -> Iterator[tuple[int, Done]]:
         """Finished shards, as they come."""
-        open_pipes = list(self._pipes)
+        for pipe in self._pipes:
+            self._hand_out(pipe)
         while self._left:
-            for pipe in wait(open_pipes, _POLL) if open_pipes else []:
-                assert isinstance(pipe, Connection)
+            for ready in wait(self._pipes, _POLL):
+                pipe = cast(Connection, ready)
                 try:
                     shard, result = pipe.recv()
-                except EOFError:
-                    open_pipes.remove(pipe)
-                    continue
+                except (EOFError, OSError):  # the latter in the middle of a message
+                    raise self._lost() from None
                 if isinstance(result, BaseException):
                     raise result
                 self._left -= 1
+                self._hand_out(pipe)
                 yield shard, Done(*result)
-            rows = self._rows.value
+            rows = sum(self._rows)
             advance(rows - self._seen)
             self._seen = rows
-            if not open_pipes and self._left:
-                raise self._lost()
+
+    def _hand_out(self, pipe: Connection) -> None:
+        if self._todo:
+            try:
+                pipe.send(self._todo.pop(0))
+            except OSError:
+                raise self._lost() from None
 
     def _lost(self) -> InputError:
         codes = []
@@ -273,7 +281,7 @@ class _Workers:
         return InputError(f"a worker ended {why}", remedy=remedy)
 
 
-def _work(job: Job, todo: list[int], following: Any, rows: Any, pipe: Connection) -> None:
+def _work(job: Job, rows: Any, place: int, pipe: Connection) -> None:
     """What a process does. Nothing that it raises gets lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     parent = multiprocessing.parent_process()
@@ -286,24 +294,16 @@ def _work(job: Job, todo: list[int], following: Any, rows: Any, pipe: Connection
         declare(field, from_data=True)
 
     def tick(count: int) -> None:
-        with rows.get_lock():
-            rows.value += count
+        rows[place] += count
 
     while True:
-        with following.get_lock():
-            place = following.value
-            following.value += 1
-        if place >= len(todo):
-            break
+        shard = pipe.recv()
         try:
-            pipe.send((todo[place], tuple(job.make(todo[place], tick))))
+            pipe.send((shard, tuple(job.make(shard, tick))))
         except (InputError, OSError) as error:
-            pipe.send((todo[place], error))
-            break
+            pipe.send((shard, error))
         except Exception as error:  # noqa: BLE001 - what happened must reach the parent
-            pipe.send((todo[place], RuntimeError(f"shard {todo[place]}: {type(error).__name__}: {error}")))
-            break
-    pipe.close()
+            pipe.send((shard, RuntimeError(f"shard {shard}: {type(error).__name__}: {error}")))
 
 
 def _end_with(parent: Any) -> None:
