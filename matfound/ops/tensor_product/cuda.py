@@ -42,8 +42,7 @@ class _Plan:
 
     def __init__(self, spec: TensorProductSpec) -> None:
         self.spec = spec
-        self.text = "|".join([spec.irreps_in, spec.irreps_sh, spec.irreps_out, ",".join(str(n) for path in spec.paths for n in path)])
-        self.dim_in, self.dim_sh, self.dim_out = spec.blocks_in.dim, spec.blocks_sh.dim, spec.blocks_out.dim
+        self.dim_in, self.dim_sh, self.dim_out = spec.dims
         #: Whether kernels write every column of inputs' gradients and of outputs.
         self.fills_in = {path[0] for path in spec.paths} == set(range(len(spec.blocks_in)))
         self.fills_out = {path[2] for path in spec.paths} == set(range(len(spec.blocks_out)))
@@ -81,9 +80,7 @@ def _plan(spec: TensorProductSpec) -> _Plan:
 @functools.cache
 def _parsed(text: str) -> _Plan:
     """The plan of a spec as registered operations take it."""
-    irreps_in, irreps_sh, irreps_out, paths = text.split("|")
-    numbers = [int(n) for n in paths.split(",")] if paths else []
-    return _plan(TensorProductSpec(irreps_in, irreps_sh, irreps_out, tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))))
+    return _plan(TensorProductSpec.parse(text))
 
 
 # ------------------------------------------------------------------------------------------------------------------ computing
@@ -121,7 +118,9 @@ def _on_edges(
     launch = plan.launch(what, x, given)
     dx = _empty(x, edges, plan.dim_in, full=plan.fills_in)
     number = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    dy = torch.empty(edges, sum(launch.tiles), plan.dim_sh, dtype=number, device=x.device)
+    slots = cuda_source.slots(plan.spec)
+    # A part of "uuu" writes the blocks that it has; parts of "uvu" write all columns.
+    dy = (torch.zeros if plan.spec.mode == "uuu" else torch.empty)(edges, slots, plan.dim_sh, dtype=number, device=x.device)
     dw = torch.empty_like(w)
     launch(rows_target.shape[0] - 1, *tensors, source, by_target, rows_target, dx, dy, dw, *([] if out is None else [out]))
     summed = plan.segment_sum(dx, by_source, rows_source)
@@ -139,7 +138,7 @@ def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: _
 def _second(
     plan: _Plan, cotangents: Sequence[Tensor | None], g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: _Graph
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = "".join(name for name, h in zip("xyw", cotangents, strict=True) if h is not None)
+    given = "".join(name for name, h in zip("xyw", cotangents, strict=True) if h is not None and h.shape[1])
     if not plan.spec.paths or not given:
         return torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(w)
     g, x, y, w = g.contiguous(), x.contiguous(), y.contiguous(), w.contiguous()
@@ -261,10 +260,9 @@ def _apply(spec: TensorProductSpec, x: Tensor, y: Tensor, w: Tensor, graph: _Gra
         number = torch.promote_types(torch.promote_types(x.dtype, y.dtype), w.dtype)
         x, y, w = x.to(number), y.to(number), w.to(number)
     _check(x)
-    plan = _plan(spec)
     if torch.compiler.is_compiling():
-        return product_op(x, y, w, *graph, plan.text)
-    found: Tensor = _Product.apply(x, y, w, graph, plan)
+        return product_op(x, y, w, *graph, spec.text)
+    found: Tensor = _Product.apply(x, y, w, graph, _plan(spec))
     return found
 
 
