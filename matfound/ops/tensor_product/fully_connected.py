@@ -5,7 +5,6 @@ channel v of the second operand being a block of its own); the weights then are 
 share, the sum over an atom's edges comes before that product: gather, product and sum are one kernel, and weights meet atoms, not edges.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,18 +21,13 @@ class Parts(NamedTuple):
 
     Args:
         channelwise: product of each pair of channels: an output block for each path and channel v, path after path.
-        blocks_sh: (channels, components) of the second operand's blocks.
         paths: (output block, components, u, v, w, factor) of each path.
-        out: columns of each output block.
     """
 
     channelwise: TensorProductSpec
-    blocks_sh: tuple[tuple[int, int], ...]
     paths: tuple[tuple[int, int, int, int, int, float], ...]
-    out: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=256)
 def parts(spec: TensorProductSpec) -> Parts:
     """The parts of a spec of mode "uvw"."""
     single = [ir for mul, ir in spec.blocks_sh for _ in range(mul)]
@@ -50,9 +44,7 @@ def parts(spec: TensorProductSpec) -> Parts:
     channelwise = TensorProductSpec(
         spec.irreps_in, str(Irreps([(1, ir) for ir in single])), str(Irreps(blocks)), tuple(inner), weighted=False
     )
-    return Parts(
-        channelwise, tuple((mul, ir.dim) for mul, ir in spec.blocks_sh), tuple(paths), tuple(block.dim for block in spec.blocks_out)
-    )
+    return Parts(channelwise, tuple(paths))
 
 
 def fully_connected(
@@ -69,9 +61,13 @@ def fully_connected(
         y: the second operand.
         weights: one set, or one for each row that `channelwise` gives.
     """
-    known = parts(spec)
-    blocks = [block.unflatten(1, (dim, mul)) for (mul, dim), block in zip(known.blocks_sh, _split(y, known), strict=True)]
-    pairs = channelwise(known.channelwise, torch.cat([y[:, :0], *(block.transpose(1, 2).flatten(1) for block in blocks)], dim=1))
+    known = spec.constants.get("parts")
+    if known is None:
+        known = spec.constants["parts"] = parts(spec)
+    shapes = spec.shapes[1]
+    blocks = y.split([components * channels for components, channels in shapes], dim=1)
+    turned = [block.unflatten(1, shape).transpose(1, 2).flatten(1) for block, shape in zip(blocks, shapes, strict=True)]
+    pairs = channelwise(known.channelwise, torch.cat([y[:, :0], *turned], dim=1))
     products = pairs.split([dim * u * v for _, dim, u, v, _, _ in known.paths], dim=1)
     outputs: dict[int, Tensor] = {}
     for (k, dim, u, v, w, factor), product, weight in zip(known.paths, products, weights.split(spec.weight_sizes, dim=-1), strict=True):
@@ -79,8 +75,5 @@ def fully_connected(
         matrix = factor * weight.unflatten(-1, (u, v, w)).transpose(-3, -2).flatten(-3, -2)
         found = (columns @ matrix).flatten(1)
         outputs[k] = outputs[k] + found if k in outputs else found
-    return torch.cat([pairs[:, :0], *(outputs.get(k, pairs.new_zeros(len(pairs), dim)) for k, dim in enumerate(known.out))], dim=1)
-
-
-def _split(y: Tensor, known: Parts) -> tuple[Tensor, ...]:
-    return y.split([mul * dim for mul, dim in known.blocks_sh], dim=1)
+    missing = {k: pairs.new_zeros(len(pairs), dim * mul) for k, (dim, mul) in enumerate(spec.shapes[2]) if k not in outputs}
+    return torch.cat([pairs[:, :0], *(block for _, block in sorted((outputs | missing).items()))], dim=1)

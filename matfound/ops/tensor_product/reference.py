@@ -1,6 +1,5 @@
 """The readable backend: it owns the semantics of the channelwise modes, and every other backend is tested against it."""
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -8,12 +7,12 @@ from e3nn.o3 import wigner_3j
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from matfound.ops.constants import constant
 from matfound.ops.tensor_product.order import EdgeOrder
 from matfound.ops.tensor_product.spec import TensorProductSpec
 
 
-@functools.lru_cache(maxsize=256)
-def _couplings(spec: TensorProductSpec, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _couplings(spec: TensorProductSpec, block: int) -> Tensor:
     """(dim_sh, D · dim_in) matrix that turns harmonics into the map from input block to all its outputs, D components in all."""
     dim_in = spec.blocks_in[block].ir.dim
     columns = []
@@ -25,19 +24,18 @@ def _couplings(spec: TensorProductSpec, block: int, dtype: torch.dtype, device: 
         column = torch.zeros(spec.blocks_sh.dim, ir_out.dim, dim_in, dtype=torch.float64)
         column[spec.blocks_sh.slices()[j]] = c.permute(1, 2, 0)
         columns.append(column)
-    return torch.cat(columns, dim=1).flatten(1).to(device=device, dtype=dtype)
+    return torch.cat(columns, dim=1).flatten(1)
 
 
-@functools.lru_cache(maxsize=256)
-def _pair_couplings(spec: TensorProductSpec, pair: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _pair_couplings(spec: TensorProductSpec, first: int, second: int) -> Tensor:
     """(D, dim_a · dim_b) matrix that turns the products of two blocks' components into all their outputs, D components in all."""
     rows = []
     for i, j, k in spec.paths:
-        if (i, j) == pair:
+        if (i, j) == (first, second):
             irreps = spec.blocks_in[i].ir, spec.blocks_sh[j].ir, spec.blocks_out[k].ir
             c = wigner_3j(*(ir.l for ir in irreps), dtype=torch.float64) * spec.norm(k)
             rows.append(c.permute(2, 0, 1).flatten(1))
-    return torch.cat(rows).to(device=device, dtype=dtype)
+    return torch.cat(rows)
 
 
 def _blocks(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: Tensor) -> list[Tensor | None]:
@@ -48,19 +46,19 @@ def _blocks(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: Tensor) -> l
     for k, message in (_by_channel if spec.mode == "uuu" else _with_harmonics)(spec, x, y, path_weights):
         flat = message.flatten(1)
         outputs[k] = outputs[k] + flat if k in outputs else flat
-    return [outputs.get(k) for k in range(len(spec.blocks_out))]
+    return [outputs.get(k) for k in range(len(spec.shapes[2]))]
 
 
 def _with_harmonics(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: list[Tensor] | None) -> Iterator[tuple[int, Tensor]]:
     """Output block and message of every path, "uvu". One matrix product an input block: harmonics → couplings · features."""
-    for block, ((mul, ir), columns) in enumerate(zip(spec.blocks_in, x.split([b.dim for b in spec.blocks_in], dim=1), strict=True)):
+    shapes_in, _, shapes_out = spec.shapes
+    for block, ((dim, _), features) in enumerate(zip(shapes_in, _split(x, shapes_in), strict=True)):
         paths = [(n, k) for n, (i, _, k) in enumerate(spec.paths) if i == block]
         if not paths:
             continue
-        sizes = [spec.blocks_out[k].ir.dim for _, k in paths]
-        maps = (y @ _couplings(spec, block, x.dtype, x.device)).view(x.shape[0], sum(sizes), ir.dim)
-        features = columns.unflatten(1, (ir.dim, mul))
-        if ir.dim == 1:  # scalars: weighted before they are spread over the components of the output
+        sizes = [shapes_out[k][0] for _, k in paths]
+        maps = (y @ constant(spec, "maps", _couplings, block, like=x)).view(x.shape[0], sum(sizes), dim)
+        if dim == 1:  # scalars: weighted before they are spread over the components of the output
             for (n, k), a in zip(paths, maps.split(sizes, dim=1), strict=True):
                 yield k, a * (features if weights is None else features * weights[n])
         else:
@@ -70,19 +68,26 @@ def _with_harmonics(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: list
 
 def _by_channel(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: list[Tensor] | None) -> Iterator[tuple[int, Tensor]]:
     """Likewise, "uuu". One matrix product for each pair of blocks: couplings · products of their components."""
-    features = x.split([block.dim for block in spec.blocks_in], dim=1)
-    others = y.split([block.dim for block in spec.blocks_sh], dim=1)
+    shapes_in, shapes_sh, shapes_out = spec.shapes
+    features, others = _split(x, shapes_in), _split(y, shapes_sh)
     for i, j in dict.fromkeys((i, j) for i, j, _ in spec.paths):
         paths = [(n, path[2]) for n, path in enumerate(spec.paths) if path[:2] == (i, j)]
-        a, b = (block.unflatten(1, (-1, spec.blocks_in[i].mul)) for block in (features[i], others[j]))
-        products = torch.matmul(_pair_couplings(spec, (i, j), x.dtype, x.device), (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2))
-        for (n, k), product in zip(paths, products.split([spec.blocks_out[k].ir.dim for _, k in paths], dim=1), strict=True):
+        pairs = (features[i].unsqueeze(2) * others[j].unsqueeze(1)).flatten(1, 2)
+        products = torch.matmul(constant(spec, "pairs", _pair_couplings, i, j, like=x), pairs)
+        for (n, k), product in zip(paths, products.split([shapes_out[k][0] for _, k in paths], dim=1), strict=True):
             yield k, product if weights is None else product * weights[n]
+
+
+def _split(x: Tensor, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """(rows, components, channels) of each block."""
+    blocks = x.split([components * channels for components, channels in shapes], dim=1)
+    return [block.unflatten(1, shape) for block, shape in zip(blocks, shapes, strict=True)]
 
 
 def _join(spec: TensorProductSpec, found: list[Tensor | None], x: Tensor) -> Tensor:
     """Blocks side by side, for each row of x."""
-    blocks = [x.new_zeros(x.shape[0], block.dim) if y is None else y for block, y in zip(spec.blocks_out, found, strict=True)]
+    widths = [components * channels for components, channels in spec.shapes[2]]
+    blocks = [x.new_zeros(x.shape[0], width) if y is None else y for width, y in zip(widths, found, strict=True)]
     return torch.cat(blocks, dim=1) if blocks else x.new_empty(x.shape[0], 0)
 
 

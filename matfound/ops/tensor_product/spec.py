@@ -64,7 +64,7 @@ class TensorProductSpec:
                     f"path {path}: mode '{self.mode}' expects multiplicities {expected}, received {(mul, mul_sh, mul_out)}",
                     remedy="mode 'uvw' joins any numbers of channels",
                 )
-        _ = self.text, self.dims, self.weight_sizes  # compiled code reads what is known, and cannot make it
+        _ = self.text, self.dims, self.weight_sizes, self.constants  # compiled code reads what is known, and cannot make it
 
     def _ends(self, path: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         return self.blocks_in[path[0]], self.blocks_sh[path[1]], self.blocks_out[path[2]]
@@ -84,6 +84,11 @@ class TensorProductSpec:
         return cls(irreps_in, irreps_sh, irreps_out, triples, mode, weighted == "1")
 
     @functools.cached_property
+    def constants(self) -> dict[Any, Any]:
+        """See `matfound.ops.constants`."""
+        return {}
+
+    @functools.cached_property
     def blocks_in(self) -> Irreps:
         """`irreps_in`, parsed."""
         return Irreps(self.irreps_in)
@@ -99,9 +104,15 @@ class TensorProductSpec:
         return Irreps(self.irreps_out)
 
     @functools.cached_property
+    def shapes(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(components, channels) of the blocks of features, second operand and output: torch.compile cannot read e3nn's irreps."""
+        return tuple(tuple((ir.dim, mul) for mul, ir in blocks) for blocks in (self.blocks_in, self.blocks_sh, self.blocks_out))
+
+    @functools.cached_property
     def dims(self) -> tuple[int, int, int]:
         """Columns of the features, of the second operand and of the output."""
-        return int(self.blocks_in.dim), int(self.blocks_sh.dim), int(self.blocks_out.dim)
+        sizes = [sum(components * channels for components, channels in blocks) for blocks in self.shapes]
+        return sizes[0], sizes[1], sizes[2]
 
     @functools.cached_property
     def weight_sizes(self) -> tuple[int, ...]:
