@@ -291,7 +291,7 @@ class MACE(Backbone):
         vectors = leaf_vectors(batch)
         source, target = batch.edge_index
         by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True) if source.is_cuda else None
+        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
         scalars = self.features(batch.numbers, vectors, source, target, order)
         pairs = None
         if self.repulsion is not None:

@@ -204,7 +204,7 @@ class NequIP(Backbone):
         source, target = batch.edge_index
         modality = self._modality(batch)
         by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True) if source.is_cuda else None
+        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
         scalars = self.features(batch.numbers, vectors, source, target, modality, order)
         return NodeFeatures(scalars=_append(scalars, modality), vectors={MAIN_GRAPH: vectors})
 

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from matfound.errors import InputError
 from matfound.ops import backends
 from matfound.ops.cuda import compiler
-from matfound.ops.tensor_product import TensorProductSpec, cuda, cuda_source, edge_order, reference, tensor_product_gather_sum
+from matfound.ops.tensor_product import (
+    TensorProductSpec,
+    cuda,
+    cuda_source,
+    edge_order,
+    reference,
+    registered,
+    tensor_product_gather_sum,
+)
+from matfound.ops.tensor_product import cpu as host
 from matfound.testing import check_op
 
 needs_nvrtc = pytest.mark.skipif(not compiler.is_available(), reason="NVRTC is not installed")
@@ -98,8 +107,9 @@ def test_kernels_are_for_channelwise_products():
 
 
 def test_which_backend():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert backends.get("tensor_product", "auto", cpu) is reference.per_edge
+    place, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert backends.get("tensor_product", "auto", place) is reference.per_edge
+    assert backends.get("tensor_product_gather_sum", "auto", place) is host.gather_sum
     expected = cuda.gather_sum if compiler.is_available() else reference.gather_sum
     assert backends.get("tensor_product_gather_sum", "auto", gpu) is expected
     spec = SPECS["shared"]
@@ -269,12 +279,12 @@ def test_registered_operations():
     order = edge_order(source, target, 5)
     graph = (source, order.by_target, order.rows_target, order.by_source, order.rows_source, spec.text)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(cuda.product_op, (x, y, w, *graph), test_utils=checks)
-    torch.library.opcheck(cuda.gradients_op, (g, x, y, w, *graph), test_utils=checks)
+    torch.library.opcheck(registered.product_op, (x, y, w, *graph), test_utils=checks)
+    torch.library.opcheck(registered.gradients_op, (g, x, y, w, *graph), test_utils=checks)
     expected = derivatives(cuda.gather_sum, spec, (x, y, w, g), (source, target))
 
-    def registered(spec, x, y, w, source, target):
-        return cuda.product_op(x, y, w, *graph)
+    def by_torch(spec, x, y, w, source, target):
+        return registered.product_op(x, y, w, *graph)
 
-    found = derivatives(registered, spec, (x, y, w, g), (source, target))
+    found = derivatives(by_torch, spec, (x, y, w, g), (source, target))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

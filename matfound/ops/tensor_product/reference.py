@@ -13,7 +13,6 @@ from matfound.ops.tensor_product.spec import TensorProductSpec
 
 
 def _couplings(spec: TensorProductSpec, block: int) -> Tensor:
-    """(dim_sh, D · dim_in) matrix that turns harmonics into the map from input block to all its outputs, D components in all."""
     dim_in = spec.blocks_in[block].ir.dim
     columns = []
     for i, j, k in spec.paths:
@@ -25,6 +24,11 @@ def _couplings(spec: TensorProductSpec, block: int) -> Tensor:
         column[spec.blocks_sh.slices()[j]] = c.permute(1, 2, 0)
         columns.append(column)
     return torch.cat(columns, dim=1).flatten(1)
+
+
+def couplings(spec: TensorProductSpec, block: int, like: Tensor) -> Tensor:
+    """(dim_sh, D · dim_in) matrix that turns harmonics into the map from an input block to all its outputs, D components in all."""
+    return constant(spec, "maps", _couplings, block, like=like)
 
 
 def _pair_couplings(spec: TensorProductSpec, first: int, second: int) -> Tensor:
@@ -57,7 +61,7 @@ def _with_harmonics(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: list
         if not paths:
             continue
         sizes = [shapes_out[k][0] for _, k in paths]
-        maps = (y @ constant(spec, "maps", _couplings, block, like=x)).view(x.shape[0], sum(sizes), dim)
+        maps = (y @ couplings(spec, block, x)).view(x.shape[0], sum(sizes), dim)
         if dim == 1:  # scalars: weighted before they are spread over the components of the output
             for (n, k), a in zip(paths, maps.split(sizes, dim=1), strict=True):
                 yield k, a * (features if weights is None else features * weights[n])
