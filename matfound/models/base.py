@@ -1,5 +1,6 @@
 """A potential is a backbone with heads."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -7,10 +8,13 @@ from torch import Tensor, nn
 
 from matfound.errors import InputError, nearest
 from matfound.graphs.spec import GraphSpec
+from matfound.models import compiled
 from matfound.nn.base import Backbone, Configurable, Head, NodeFeatures, Statistics, Symmetry, build
 from matfound.structures.atomic_data import AtomicData, collate
 
 __all__ = ["Backbone", "Configurable", "Head", "NodeFeatures", "Potential", "Statistics", "Symmetry", "build"]
+
+log = logging.getLogger(__name__)
 
 
 class Potential(Configurable):
@@ -39,6 +43,7 @@ class Potential(Configurable):
         self.datasets = list(datasets)
         self.default_dataset = dict(default_dataset or {})
         self.licence = licence
+        self._compiled: compiled.CompiledForward | None = None
         for kind, name in self.default_dataset.items():
             if kind not in ("periodic", "molecular"):
                 raise InputError(f"default_dataset has the key '{kind}'", remedy="known: molecular, periodic")
@@ -80,13 +85,35 @@ class Potential(Configurable):
         if not batch.is_batch:
             batch = collate([batch])
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.conservative):
-            features = self.backbone(batch)
-            predictions: dict[str, Tensor] = {}
-            for head in self.heads.values():
-                predictions |= head(features, batch)
+            return self.predict(batch) if self._compiled is None else self._compiled(self, batch)
+
+    def predict(self, batch: AtomicData) -> dict[str, Tensor]:
+        """As `forward`, of a batch, where gradients are enabled already."""
+        features = self.backbone(batch)
+        predictions: dict[str, Tensor] = {}
+        for head in self.heads.values():
+            predictions |= head(features, batch)
         if not self.training:
             predictions = {name: value.detach() for name, value in predictions.items()}
         return predictions
+
+    def compile(self, backend: str = "inductor") -> bool:  # type: ignore[override]
+        """Compile the forward pass from now on, forces and stress inside, for inference and training; weights stay as they are.
+
+        Compiling takes up to minutes when a batch first comes (once for training and once for inference); see
+        `matfound.models.compiled` for which batches are not compiled.
+
+        Args:
+            backend: of torch.compile.
+
+        Returns:
+            Whether it can be done: where torch cannot trace derivatives, a warning is logged, and everything stays as it was.
+        """
+        if not compiled.is_possible():
+            log.warning("matfound: torch %s cannot compile derivatives; the model runs without", torch.__version__)
+            return False
+        self._compiled = compiled.CompiledForward(backend)
+        return True
 
     def elements(self, dataset: int) -> set[int]:
         """Atomic numbers that the backbone and every head can judge in a dataset of the vocabulary."""

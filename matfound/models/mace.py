@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
-from matfound.graphs.neighbors import edge_vectors
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff
-from matfound.nn.gradients import sum_over
+from matfound.nn.gradients import leaf_vectors, sum_over
 from matfound.nn.heads import EnergyHead, Readout
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
@@ -289,10 +288,10 @@ class MACE(Backbone):
 
     def forward(self, batch: AtomicData) -> NodeFeatures:
         """Features of every atom; the batch carries the graph "main"."""
-        vectors = edge_vectors(batch).detach().requires_grad_(torch.is_grad_enabled())
+        vectors = leaf_vectors(batch)
         source, target = batch.edge_index
         by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True) if source.is_cuda else None
+        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
         scalars = self.features(batch.numbers, vectors, source, target, order)
         pairs = None
         if self.repulsion is not None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
-from matfound.graphs.neighbors import edge_vectors
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
+from matfound.nn.gradients import leaf_vectors
 from matfound.nn.heads import atom_dataset
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
@@ -200,11 +200,11 @@ class NequIP(Backbone):
 
     def forward(self, batch: AtomicData) -> NodeFeatures:
         """Features of every atom; the batch carries the graph "main"."""
-        vectors = edge_vectors(batch).detach().requires_grad_(torch.is_grad_enabled())
+        vectors = leaf_vectors(batch)
         source, target = batch.edge_index
         modality = self._modality(batch)
         by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True) if source.is_cuda else None
+        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
         scalars = self.features(batch.numbers, vectors, source, target, modality, order)
         return NodeFeatures(scalars=_append(scalars, modality), vectors={MAIN_GRAPH: vectors})
 

@@ -28,20 +28,23 @@ class Gate(nn.Module):
     def __init__(self, irreps: str) -> None:
         super().__init__()
         blocks = Irreps(irreps)
-        self.scalars = Irreps([(mul, ir) for mul, ir in blocks if ir.l == 0])
-        self.gated = Irreps([(mul, ir) for mul, ir in blocks if ir.l > 0])
-        self.num_gates = self.gated.num_irreps
-        gates = Irreps(f"{self.num_gates}x0e") if self.num_gates else Irreps("")
-        self.irreps_in = self.scalars + gates + self.gated
-        self.irreps_out = self.scalars + self.gated
+        scalars = Irreps([(mul, ir) for mul, ir in blocks if ir.l == 0])
+        gated = Irreps([(mul, ir) for mul, ir in blocks if ir.l > 0])
+        gates = Irreps(f"{gated.num_irreps}x0e") if gated.num_irreps else Irreps("")
+        self.irreps_in = scalars + gates + gated
+        self.irreps_out = scalars + gated
+        # Plain numbers: torch.compile cannot read e3nn's irreps.
+        self._widths = [block.dim for block in self.irreps_in]
+        self._even = [ir.p == 1 for _, ir in scalars]
+        self._gated = [(mul, ir.dim) for mul, ir in gated]
 
     def forward(self, x: Float[Tensor, "atoms dim_in"]) -> Float[Tensor, "atoms dim_out"]:
         """Features in matfound's layout."""
-        blocks = x.split([block.dim for block in self.irreps_in], dim=1)
-        count = len(self.scalars)
-        parts = [_silu(block) if ir.p == 1 else _tanh(block) for (_, ir), block in zip(self.scalars, blocks[:count], strict=True)]
-        if self.num_gates:
-            gates = _silu(blocks[count]).split([mul for mul, _ in self.gated], dim=1)
-            for (mul, ir), gate, block in zip(self.gated, gates, blocks[count + 1 :], strict=True):
-                parts.append((block.unflatten(1, (ir.dim, mul)) * gate.unsqueeze(1)).flatten(1))
+        blocks = x.split(self._widths, dim=1)
+        count = len(self._even)
+        parts = [_silu(block) if even else _tanh(block) for even, block in zip(self._even, blocks[:count], strict=True)]
+        if self._gated:
+            gates = _silu(blocks[count]).split([mul for mul, _ in self._gated], dim=1)
+            for (mul, dim), gate, block in zip(self._gated, gates, blocks[count + 1 :], strict=True):
+                parts.append((block.unflatten(1, (dim, mul)) * gate.unsqueeze(1)).flatten(1))
         return torch.cat(parts, dim=1)

@@ -10,13 +10,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from matfound.fields import graph_key
+from matfound.fields import MAIN_GRAPH, graph_key
+from matfound.graphs.neighbors import edge_vectors
 from matfound.structures.atomic_data import AtomicData
 
 
 def sum_over(values: Float[Tensor, "rows *d"], index: Int[Tensor, " rows"], size: int) -> Float[Tensor, "size *d"]:
     """Sum of the rows that share an index."""
     return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
+
+
+def leaf_vectors(batch: AtomicData, graph: str = MAIN_GRAPH) -> Float[Tensor, "edges 3"]:
+    """Vectors of a graph's edges, from target to source, Å, float64, with respect to which forces are derivatives.
+
+    A batch brings them along where the model is compiled (`edge_vectors`, `edge_vectors@name`): what is differentiated there must come
+    from outside.
+    """
+    key = graph_key("edge_vectors", graph)
+    return batch[key] if key in batch else edge_vectors(batch, graph).detach().requires_grad_(torch.is_grad_enabled())
 
 
 def forces_and_stress(

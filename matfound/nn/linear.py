@@ -1,11 +1,9 @@
 """Equivariant linear maps."""
 
 import torch
-from e3nn.o3 import Irrep, Irreps
+from e3nn.o3 import Irreps
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from matfound.nn.so3.layout import irreps_blocks
 
 
 class IrrepsLinear(nn.Module):
@@ -30,18 +28,23 @@ class IrrepsLinear(nn.Module):
             if mul_in:
                 weights[str(ir)] = nn.Parameter(torch.randn(*lead, mul_in, mul_out))
         self.weights = nn.ParameterDict(weights)
+        # Plain numbers and texts: torch.compile cannot read e3nn's irreps.
+        self._blocks_in, self._blocks_out = ([(str(ir), mul, ir.dim) for mul, ir in blocks] for blocks in (self.irreps_in, self.irreps_out))
 
     def forward(self, x: Float[Tensor, "atoms dim_in"], element: Int[Tensor, " atoms"] | None = None) -> Float[Tensor, "atoms dim_out"]:
         """Features in matfound's layout; `element` is the row of each atom's matrix, with `num_elements`."""
-        inputs: dict[Irrep, list[Tensor]] = {}
-        for ir, block in irreps_blocks(x, self.irreps_in):
-            inputs.setdefault(ir, []).append(block)
-        mixed: dict[Irrep, Tensor] = {}
+        inputs: dict[str, list[Tensor]] = {}
+        columns = x.split([mul * dim for _, mul, dim in self._blocks_in], dim=1)
+        for (key, mul, dim), block in zip(self._blocks_in, columns, strict=True):
+            inputs.setdefault(key, []).append(block.unflatten(1, (dim, mul)))
+        pieces: dict[str, list[Tensor]] = {}
         for key, weight in self.weights.items():
-            blocks = inputs[Irrep(key)]
+            blocks = inputs[key]
             joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
             matrix = weight / weight.shape[-2] ** 0.5
-            mixed[Irrep(key)] = joined @ (matrix if element is None else matrix[element])
-        pieces = {ir: iter(y.split([mul for mul, other in self.irreps_out if other == ir], dim=2)) for ir, y in mixed.items()}
-        parts = [next(pieces[ir]).flatten(1) if ir in pieces else x.new_zeros(x.shape[0], mul * ir.dim) for mul, ir in self.irreps_out]
+            mixed = joined @ (matrix if element is None else matrix[element])
+            pieces[key] = list(mixed.split([mul for other, mul, _ in self._blocks_out if other == key], dim=2))
+        parts = [
+            pieces[key].pop(0).flatten(1) if key in pieces else x.new_zeros(x.shape[0], mul * dim) for key, mul, dim in self._blocks_out
+        ]
         return torch.cat([x.new_empty(x.shape[0], 0), *parts], dim=1)

@@ -9,13 +9,15 @@ from torch import nn
 from matfound.errors import InputError, nearest
 from matfound.ops import gaunt, symmetric_contraction
 from matfound.ops.cuda import compiler
-from matfound.ops.tensor_product import cuda, reference
+from matfound.ops.tensor_product import cpu, cuda, reference
 
 #: (operation, backend) → function. Signatures and semantics are those of the reference.
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("tensor_product", "reference"): reference.per_edge,
+    ("tensor_product", "cpu"): reference.per_edge,
     ("tensor_product", "cuda"): cuda.per_edge,
     ("tensor_product_gather_sum", "reference"): reference.gather_sum,
+    ("tensor_product_gather_sum", "cpu"): cpu.gather_sum,
     ("tensor_product_gather_sum", "cuda"): cuda.gather_sum,
     ("symmetric_contraction", "reference"): symmetric_contraction.reference,
     ("gaunt_product", "reference"): gaunt.reference,
@@ -29,16 +31,18 @@ def get(operation: str, backend: str = "reference", device: torch.device | None 
 
     Args:
         operation: its name in `TABLE`.
-        backend: "reference", "cuda" (kernels of our own, compiled when they are first used), …; or "auto": "cuda" for tensors on a GPU
-            where there is one and NVRTC is installed, else "reference".
+        backend: "reference", "cpu" (torch operations arranged for caches), "cuda" (kernels of our own, compiled when they are first
+            used), …; or "auto": "cpu" or "cuda" by where the tensors are, if the operation has it and (for "cuda") NVRTC is installed,
+            else "reference".
         device: where the tensors are, for "auto".
 
     Raises:
         InputError: no such operation or backend; the nearest name is suggested.
     """
     if backend == "auto":
-        fits = device is not None and device.type == "cuda" and (operation, "cuda") in TABLE and compiler.is_available()
-        backend = "cuda" if fits else "reference"
+        place = "" if device is None else device.type
+        fits = (operation, place) in TABLE and (place != "cuda" or compiler.is_available())
+        backend = place if fits else "reference"
     function = TABLE.get((operation, backend))
     if function is None:
         known = [b for o, b in TABLE if o == operation]

@@ -10,13 +10,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from e3nn.o3 import Irrep, Irreps, wigner_3j
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from matfound.ops.constants import constant
 
 #: A tree is independent of those before it when this share of its squared norm is not theirs: up to l = 4, shares are 0 or above 0.2.
 _NEW_SHARE = 1e-4
@@ -73,6 +75,11 @@ class SymmetricContractionSpec:
     def blocks_out(self) -> Irreps:
         """`irreps_out`, parsed."""
         return Irreps(self.irreps_out)
+
+    @functools.cached_property
+    def constants(self) -> dict[Any, Any]:
+        """See `matfound.ops.constants`."""
+        return {}
 
     @property
     def channels(self) -> int:
@@ -191,33 +198,76 @@ def symmetric_contraction(
     return backends.get("symmetric_contraction", backend, x.device)(spec, x, weights, element)
 
 
-@functools.lru_cache(maxsize=1024)
-def _matrix(a: Irrep, b: Irrep, outs: tuple[Irrep, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(components of all outs, components of a · components of b)."""
-    rows = [_coupling(a, b, out).reshape(out.dim, -1) for out in outs]
-    return torch.from_numpy(np.concatenate(rows)).to(device=device, dtype=dtype)
+class _Pair(NamedTuple):
+    """Two input blocks whose product is wanted, and the irreps of it by number in `_Plan.irreps`."""
+
+    blocks: tuple[int, int]
+    outs: tuple[int, ...]
 
 
-def _couple(a: Tensor, b: Tensor, irreps: tuple[Irrep, Irrep], outs: tuple[Irrep, ...]) -> tuple[Tensor, ...]:
-    """(atoms, components, channels) features of two irreps, coupled channel by channel to each of `outs`."""
-    if irreps[0].dim == 1 or irreps[1].dim == 1:
-        return (a * b,)
-    if all(out.dim == 1 for out in outs):
-        return ((a * b).sum(1, keepdim=True) / math.sqrt(irreps[0].dim),)
-    pairs = (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2)
-    product = torch.matmul(_matrix(*irreps, outs, a.dtype, a.device), pairs)
-    return product.split([out.dim for out in outs], dim=1)
+class _Plan(NamedTuple):
+    """What the reference does, in numbers: torch.compile cannot read e3nn's irreps.
+
+    Args:
+        inputs: how many input blocks there are.
+        dims: components of each irrep that occurs; the input blocks come first, the output blocks next.
+        pairs: products of two input blocks.
+        ends: for each path its output block, what it multiplies with its weight (an input block, or a pair and a place in it), and, of
+            degree 3, with which input block that goes on, and by which irrep.
+        out: widths of the output blocks.
+    """
+
+    inputs: int
+    dims: tuple[int, ...]
+    pairs: tuple[_Pair, ...]
+    ends: tuple[tuple[int, tuple[int, int | None], tuple[int, int] | None], ...]
+    out: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=256)
-def _middles(spec: SymmetricContractionSpec) -> dict[tuple[int, int], tuple[Irrep, ...]]:
-    """For each pair of input blocks, the irreps of their product that a path uses."""
+def _irreps(spec: SymmetricContractionSpec) -> list[Irrep]:
+    """Every irrep that occurs: of the input blocks, of the output blocks, and in between."""
+    middles = dict.fromkeys(path.middle for path in spec.paths if path.middle is not None)
+    return [*(ir for _, ir in spec.blocks_in), *(ir for _, ir in spec.blocks_out), *middles]
+
+
+def _plan(spec: SymmetricContractionSpec) -> _Plan:
+    irreps, first_out = _irreps(spec), len(spec.blocks_in)
     used: dict[tuple[int, int], set[Irrep]] = {}
-    for path in spec.paths:
+    middles = [irreps[first_out + path.out] if path.middle is None else path.middle for path in spec.paths]
+    for path, middle in zip(spec.paths, middles, strict=True):
         if len(path.blocks) > 1:
-            middle = spec.blocks_out[path.out].ir if path.middle is None else path.middle
             used.setdefault((path.blocks[0], path.blocks[1]), set()).add(middle)
-    return {pair: tuple(sorted(irreps)) for pair, irreps in used.items()}
+    pairs = tuple(_Pair(blocks, tuple(irreps.index(ir) for ir in sorted(outs))) for blocks, outs in used.items())
+    places = {pair.blocks: n for n, pair in enumerate(pairs)}
+    ends: list[tuple[int, tuple[int, int | None], tuple[int, int] | None]] = []
+    for path, middle in zip(spec.paths, middles, strict=True):
+        if len(path.blocks) == 1:
+            ends.append((path.out, (path.blocks[0], None), None))
+            continue
+        pair, number = places[path.blocks[0], path.blocks[1]], irreps.index(middle)
+        left = (pair, pairs[pair].outs.index(number))
+        ends.append((path.out, left, (path.blocks[2], number) if len(path.blocks) == 3 else None))
+    dims = tuple(int(ir.dim) for ir in irreps)
+    return _Plan(first_out, dims, pairs, tuple(ends), tuple(int(block.dim) for block in spec.blocks_out))
+
+
+def _matrix(spec: SymmetricContractionSpec, a: int, b: int, outs: tuple[int, ...]) -> Tensor:
+    """(components of all outs, components of a · components of b), the irreps by number."""
+    irreps = _irreps(spec)
+    return torch.from_numpy(np.concatenate([_coupling(irreps[a], irreps[b], irreps[n]).reshape(irreps[n].dim, -1) for n in outs]))
+
+
+def _couple(
+    spec: SymmetricContractionSpec, dims: tuple[int, ...], a: Tensor, b: Tensor, numbers: tuple[int, int], outs: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """(atoms, components, channels) features of two irreps, coupled channel by channel to each of `outs`."""
+    if dims[numbers[0]] == 1 or dims[numbers[1]] == 1:
+        return (a * b,)
+    if all(dims[n] == 1 for n in outs):
+        return ((a * b).sum(1, keepdim=True) / math.sqrt(dims[numbers[0]]),)
+    pairs = (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2)
+    product = torch.matmul(constant(spec, "couplings", _matrix, *numbers, outs, like=a), pairs)
+    return product.split([dims[n] for n in outs], dim=1)
 
 
 def reference(
@@ -227,31 +277,25 @@ def reference(
     element: Int[Tensor, " atoms"],
 ) -> Float[Tensor, "atoms dim_out"]:
     """The readable backend: it owns the semantics. Pairs first; then all pairs that go on alike are summed before the last product."""
-    irreps = [ir for _, ir in spec.blocks_in]
-    features = [
-        block.unflatten(1, (ir.dim, spec.channels))
-        for ir, block in zip(irreps, x.split([block.dim for block in spec.blocks_in], dim=1), strict=True)
-    ]
+    if "plan" not in spec.constants:
+        spec.constants["plan"] = _plan(spec)
+    inputs, dims, pairs, ends, widths = spec.constants["plan"]
+    channels = weights.shape[2]
+    columns = x.split([dim * channels for dim in dims[:inputs]], dim=1)
+    features = [block.unflatten(1, (-1, channels)) for block in columns]
     path_weights = weights[element].unsqueeze(2).unbind(1)
-    pairs: dict[tuple[int, int, Irrep], Tensor] = {}
-    for (a, b), outs in _middles(spec).items():
-        for ir, product in zip(outs, _couple(features[a], features[b], (irreps[a], irreps[b]), outs), strict=True):
-            pairs[a, b, ir] = product
+    products = [_couple(spec, dims, features[a], features[b], (a, b), outs) for (a, b), outs in pairs]
     sums: dict[int, Tensor] = {}
-    unfinished: dict[tuple[int, int, Irrep], Tensor] = {}  # (output block, last input block, middle) → what the last product takes
-    for path, weight in zip(spec.paths, path_weights, strict=True):
-        if len(path.blocks) == 3:
-            assert path.middle is not None
-            key = (path.out, path.blocks[2], path.middle)
-            term = pairs[path.blocks[0], path.blocks[1], path.middle] * weight
-            unfinished[key] = unfinished[key] + term if key in unfinished else term
+    unfinished: dict[tuple[int, int, int], Tensor] = {}  # (output block, last input block, middle) → what the last product takes
+    for (out, (number, place), last), weight in zip(ends, path_weights, strict=True):
+        term = (features[number] if place is None else products[number][place]) * weight
+        if last is None:
+            sums[out] = sums[out] + term if out in sums else term
         else:
-            first = (
-                features[path.blocks[0]] if len(path.blocks) == 1 else pairs[path.blocks[0], path.blocks[1], spec.blocks_out[path.out].ir]
-            )
-            sums[path.out] = sums[path.out] + first * weight if path.out in sums else first * weight
-    for (out, last, middle), left in unfinished.items():
-        (product,) = _couple(left, features[last], (middle, irreps[last]), (spec.blocks_out[out].ir,))
+            key = (out, *last)
+            unfinished[key] = unfinished[key] + term if key in unfinished else term
+    for (out, block, middle), left in unfinished.items():
+        (product,) = _couple(spec, dims, left, features[block], (middle, block), (inputs + out,))
         sums[out] = sums[out] + product if out in sums else product
-    parts = [sums[n].flatten(1) if n in sums else x.new_zeros(len(x), block.dim) for n, block in enumerate(spec.blocks_out)]
+    parts = [sums[n].flatten(1) if n in sums else x.new_zeros(len(x), width) for n, width in enumerate(widths)]
     return torch.cat(parts, dim=1)

@@ -53,6 +53,8 @@ class MultiTask(LightningModule):
             fine-tuning, shifts only the references, to the level of theory of the data (see `matfound.tasks.references`).
         isolated_atoms: for "references": energies of isolated atoms by element, eV, where the data have them.
         refit: for "references": only these datasets. Default: all of the training data.
+        compile: compile the model with forces and stress inside (`Potential.compile`); the second step then takes up to minutes longer.
+            Where torch cannot, a warning says so, and the model runs as it is.
 
     Raises:
         InputError: no targets, two for one field, or one that no head predicts, or not of its kind.
@@ -67,9 +69,12 @@ class MultiTask(LightningModule):
         fit_scales: bool | Literal["references"] = True,
         isolated_atoms: dict[str, float] | None = None,
         refit: list[str] | None = None,
+        compile: bool = False,  # noqa: A002 - torch's word for it
     ) -> None:
         super().__init__()
         self.potential = potential.train()
+        if compile:
+            self.potential.compile()
         if not any(parameter.requires_grad for parameter in potential.parameters()):
             potential.requires_grad_(True)  # it comes from `checkpoint.load`
         self.targets = targets

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from matfound.errors import InputError
 from matfound.ops import backends
 from matfound.ops.cuda import compiler
-from matfound.ops.tensor_product import TensorProductSpec, cuda, cuda_source, edge_order, reference, tensor_product_gather_sum
+from matfound.ops.tensor_product import (
+    TensorProductSpec,
+    cuda,
+    cuda_source,
+    edge_order,
+    reference,
+    registered,
+    tensor_product_gather_sum,
+)
+from matfound.ops.tensor_product import cpu as host
 from matfound.testing import check_op
 
 needs_nvrtc = pytest.mark.skipif(not compiler.is_available(), reason="NVRTC is not installed")
@@ -20,6 +29,12 @@ SPECS = {
     "holes": TensorProductSpec("4x0e+3x1o+2x2e", "0e+1o", "4x0e+7x0o+3x1o", ((0, 0, 0), (1, 0, 2))),
     "high": TensorProductSpec.full("3x4e+2x3o", "0e+1o+2e+3o+4e+5o+6e", "3o+4e+6e"),
     "nothing": TensorProductSpec("4x0e", "0e", "3x1o", ()),
+    "channels": TensorProductSpec.full("40x0e+40x1o+3x1o", "40x0e+40x1o+3x2e", "0e+1e+1o+2e", "uuu"),
+    "channels joined": TensorProductSpec(
+        "5x0e+5x1o+2x2e", "5x0e+5x1o+3x1o", "5x0e+5x1o", ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), "uuu"
+    ),
+    "bare": TensorProductSpec("40x0e+3x1o", "0e+1o", "40x0e+3x0e+3x1o", ((0, 0, 0), (1, 1, 1), (1, 0, 2)), weighted=False),
+    "bare channels": TensorProductSpec.full("3x0e+3x1o", "3x0e+3x1o", "0e+1o+2e", "uuu", weighted=False),
 }
 IRREPS = st.lists(st.tuples(st.integers(1, 70), st.sampled_from(["0e", "0o", "1o", "1e", "2e", "3o"])), min_size=1, max_size=4).map(
     lambda blocks: "+".join(f"{mul}x{ir}" for mul, ir in blocks)
@@ -32,13 +47,16 @@ def kernels(tmp_path, monkeypatch):
     return tmp_path / "kernels"
 
 
+COMPILED = [(name, architecture) for name in ("ragged", "shared", "holes") for architecture in ("sm_80", "sm_90", "sm_100")]
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("name", ["ragged", "shared", "holes"])
+@pytest.mark.parametrize(("name", "architecture"), [*COMPILED, ("channels joined", "sm_90"), ("bare", "sm_90")])
 def test_sources_compile_without_a_gpu(kernels, name, architecture):
     spec = SPECS[name]
-    dtype = {"ragged": torch.float32, "shared": torch.float64, "holes": torch.bfloat16}[name]
-    sources = [make(spec, dtype, given) for make in (cuda_source.forward, cuda_source.backward) for given in (None, "xyw", "yw", "x")]
+    dtype = {"shared": torch.float64, "holes": torch.bfloat16}.get(name, torch.float32)
+    givens = (None, "xyw", "yw", "x") if spec.weighted else (None, "xy", "x")
+    sources = [make(spec, dtype, given) for make in (cuda_source.forward, cuda_source.backward) for given in givens]
     for source in [*sources, cuda_source.segment_sum(dtype)]:
         assert compiler.compile_source(source, architecture)[:4] == b"\x7fELF"
     assert len(list(kernels.glob("*.cubin"))) == len(sources) + 1
@@ -83,13 +101,19 @@ def test_groups_share_no_results(spec, by_output):
     assert all(len({path.mul for path in part.paths}) == 1 for part in parts)
 
 
+def test_kernels_are_for_channelwise_products():
+    with pytest.raises(InputError, match="channelwise"):
+        cuda_source.groups(TensorProductSpec.fully_connected("2x0e", "0e", "3x0e"), by_output=True)
+
+
 def test_which_backend():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert backends.get("tensor_product", "auto", cpu) is reference.per_edge
+    place, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert backends.get("tensor_product", "auto", place) is reference.per_edge
+    assert backends.get("tensor_product_gather_sum", "auto", place) is host.gather_sum
     expected = cuda.gather_sum if compiler.is_available() else reference.gather_sum
     assert backends.get("tensor_product_gather_sum", "auto", gpu) is expected
     spec = SPECS["shared"]
-    x, y, w = (torch.zeros(2, size) for size in (spec.blocks_in.dim, spec.blocks_sh.dim, spec.weight_numel))
+    x, y, w = (torch.zeros(2, size) for size in (*spec.dims[:2], spec.weight_numel))
     index = torch.tensor([0, 1])
     with pytest.raises(InputError, match="backend 'cuda' got tensors on cpu"):
         tensor_product_gather_sum(spec, x, y, w, index, index, "cuda")
@@ -112,7 +136,8 @@ def test_order_of_edges():
 
 def drawn(spec, atoms, edges, dtype=torch.float64, seed=0, device="cuda"):
     generator = torch.Generator().manual_seed(seed)
-    rows = ((atoms, spec.blocks_in.dim), (edges, spec.blocks_sh.dim), (edges, spec.weight_numel), (atoms, spec.blocks_out.dim))
+    dim_in, dim_sh, dim_out = spec.dims
+    rows = ((atoms, dim_in), (edges, dim_sh), (edges, spec.weight_numel), (atoms, dim_out))
     tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for shape in rows]
     index = [torch.randint(max(atoms - 1, 1), (edges,), generator=generator).to(device) for _ in range(2)]
     return tensors, index
@@ -165,7 +190,36 @@ def test_any_spec(irreps, lmax, edges, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ragged", "shared", "holes"])
+@settings(deadline=None, max_examples=8)
+@given(irreps=st.tuples(IRREPS, IRREPS), weighted=st.booleans(), edges=st.integers(1, 60), seed=st.integers(0, 1000))
+def test_any_spec_of_channels(irreps, weighted, edges, seed):
+    spec = TensorProductSpec.full(*irreps, "0e+0o+1e+1o+2e+2o", "uuu", weighted=weighted)
+    if not spec.paths:
+        return
+    tensors, index = drawn(spec, 9, edges, seed=seed)
+    expected = derivatives(reference.gather_sum, spec, tensors, index)
+    for got, value in zip(derivatives(cuda.gather_sum, spec, tensors, index), expected, strict=True):
+        assert torch.allclose(got, value, rtol=0, atol=1e-12 * max(1.0, float(_largest(value))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_fully_connected(shared):
+    spec = TensorProductSpec.fully_connected("40x0e+3x1o+2x2e", "2x0e+1x1o+3x2e", "7x0e+33x1o+2x2e+1x6e")
+    (x, y, w, g), index = drawn(spec, 6, 30)
+    w = w[0] if shared else w
+
+    def on(backend):
+        return derivatives(lambda *arguments: tensor_product_gather_sum(*arguments, backend), spec, (x, y, w, g), index)
+
+    found = on("cuda")
+    for got, expected in zip(found, on("reference"), strict=True):
+        assert torch.allclose(got, expected, rtol=0, atol=1e-12 * max(1.0, float(_largest(expected))))
+    assert all(torch.equal(a, b) for a, b in zip(found, on("cuda"), strict=True)), "the same in every run"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ragged", "shared", "holes", "channels joined", "bare"])
 def test_derivatives_against_finite_differences(name):
     spec = TensorProductSpec.full("2x0e+3x1o", "0e+1o", "0e+1o") if name == "ragged" else SPECS[name]
     (x, y, w, _), index = drawn(spec, 3, 4)
@@ -223,14 +277,14 @@ def test_registered_operations():
     spec = SPECS["ragged"]
     (x, y, w, g), (source, target) = drawn(spec, 5, 20)
     order = edge_order(source, target, 5)
-    graph = (source, order.by_target, order.rows_target, order.by_source, order.rows_source, cuda._plan(spec).text)
+    graph = (source, order.by_target, order.rows_target, order.by_source, order.rows_source, spec.text)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(cuda.product_op, (x, y, w, *graph), test_utils=checks)
-    torch.library.opcheck(cuda.gradients_op, (g, x, y, w, *graph), test_utils=checks)
+    torch.library.opcheck(registered.product_op, (x, y, w, *graph), test_utils=checks)
+    torch.library.opcheck(registered.gradients_op, (g, x, y, w, *graph), test_utils=checks)
     expected = derivatives(cuda.gather_sum, spec, (x, y, w, g), (source, target))
 
-    def registered(spec, x, y, w, source, target):
-        return cuda.product_op(x, y, w, *graph)
+    def by_torch(spec, x, y, w, source, target):
+        return registered.product_op(x, y, w, *graph)
 
-    found = derivatives(registered, spec, (x, y, w, g), (source, target))
+    found = derivatives(by_torch, spec, (x, y, w, g), (source, target))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

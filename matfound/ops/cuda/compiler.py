@@ -34,9 +34,14 @@ def _bindings() -> Any:
     return nvrtc
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def is_available() -> bool:
     """Whether NVIDIA's bindings and NVRTC are installed."""
+    return _is_available()
+
+
+@functools.cache
+def _is_available() -> bool:
     try:
         _checked(_bindings().nvrtcVersion(), "NVRTC's version")
     except (InputError, RuntimeError):

@@ -1,7 +1,6 @@
 """The tensor product on NVIDIA GPUs: see `matfound.ops.tensor_product.cuda_source` for how it is computed.
 
-Three operations, each the derivative of the one before: the product, its gradients, and the gradients of those. They are registered with
-torch for compilation; code that is not compiled calls them through `torch.autograd.Function`, which costs a tenth of the time on the host.
+Three operations, each the derivative of the one before: the product, its gradients, and the gradients of those.
 """
 
 import functools
@@ -16,12 +15,11 @@ from matfound.ops.cuda.compiler import Kernel, kernel
 from matfound.ops.tensor_product import cuda_source
 from matfound.ops.tensor_product.cuda_source import LANES, WARPS, groups
 from matfound.ops.tensor_product.order import EdgeOrder, edge_order
+from matfound.ops.tensor_product.registered import IMPLEMENTATIONS, Graph, Implementation, apply
 from matfound.ops.tensor_product.spec import TensorProductSpec
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _THREADS = 128
-#: source, by_target, rows_target, by_source, rows_source
-_Graph = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
 
 
 class _Launch(NamedTuple):
@@ -42,8 +40,7 @@ class _Plan:
 
     def __init__(self, spec: TensorProductSpec) -> None:
         self.spec = spec
-        self.text = "|".join([spec.irreps_in, spec.irreps_sh, spec.irreps_out, ",".join(str(n) for path in spec.paths for n in path)])
-        self.dim_in, self.dim_sh, self.dim_out = spec.blocks_in.dim, spec.blocks_sh.dim, spec.blocks_out.dim
+        self.dim_in, self.dim_sh, self.dim_out = spec.dims
         #: Whether kernels write every column of inputs' gradients and of outputs.
         self.fills_in = {path[0] for path in spec.paths} == set(range(len(spec.blocks_in)))
         self.fills_out = {path[2] for path in spec.paths} == set(range(len(spec.blocks_out)))
@@ -78,14 +75,6 @@ def _plan(spec: TensorProductSpec) -> _Plan:
     return _Plan(spec)
 
 
-@functools.cache
-def _parsed(text: str) -> _Plan:
-    """The plan of a spec as registered operations take it."""
-    irreps_in, irreps_sh, irreps_out, paths = text.split("|")
-    numbers = [int(n) for n in paths.split(",")] if paths else []
-    return _plan(TensorProductSpec(irreps_in, irreps_sh, irreps_out, tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))))
-
-
 # ------------------------------------------------------------------------------------------------------------------ computing
 
 
@@ -99,7 +88,7 @@ def _empty(like: Tensor, rows: int, width: int, *, full: bool) -> Tensor:
     return like.new_empty(rows, width) if full else like.new_zeros(rows, width)
 
 
-def _product(plan: _Plan, x: Tensor, y: Tensor, w: Tensor, graph: _Graph) -> Tensor:
+def _product(plan: _Plan, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> Tensor:
     source, by_target, rows_target, _, _ = graph
     atoms = rows_target.shape[0] - 1
     x, y, w = x.contiguous(), y.contiguous(), w.contiguous()
@@ -111,7 +100,7 @@ def _product(plan: _Plan, x: Tensor, y: Tensor, w: Tensor, graph: _Graph) -> Ten
 
 
 def _on_edges(
-    plan: _Plan, what: str, given: str | None, tensors: Sequence[Tensor | None], like: tuple[Tensor, Tensor, Tensor], graph: _Graph,
+    plan: _Plan, what: str, given: str | None, tensors: Sequence[Tensor | None], like: tuple[Tensor, Tensor, Tensor], graph: Graph,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of features, harmonics and weights."""
@@ -121,14 +110,16 @@ def _on_edges(
     launch = plan.launch(what, x, given)
     dx = _empty(x, edges, plan.dim_in, full=plan.fills_in)
     number = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    dy = torch.empty(edges, sum(launch.tiles), plan.dim_sh, dtype=number, device=x.device)
+    slots = cuda_source.slots(plan.spec)
+    # A part of "uuu" writes the blocks that it has; parts of "uvu" write all columns.
+    dy = (torch.zeros if plan.spec.mode == "uuu" else torch.empty)(edges, slots, plan.dim_sh, dtype=number, device=x.device)
     dw = torch.empty_like(w)
     launch(rows_target.shape[0] - 1, *tensors, source, by_target, rows_target, dx, dy, dw, *([] if out is None else [out]))
     summed = plan.segment_sum(dx, by_source, rows_source)
     return summed, dy.sum(1).to(y.dtype), dw
 
 
-def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: _Graph) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
     if not plan.spec.paths:
         return torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(w)
     g, x, y, w = g.contiguous(), x.contiguous(), y.contiguous(), w.contiguous()
@@ -137,9 +128,9 @@ def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: _
 
 
 def _second(
-    plan: _Plan, cotangents: Sequence[Tensor | None], g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: _Graph
+    plan: _Plan, cotangents: Sequence[Tensor | None], g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: Graph
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = "".join(name for name, h in zip("xyw", cotangents, strict=True) if h is not None)
+    given = "".join(name for name, h in zip("xyw", cotangents, strict=True) if h is not None and h.shape[1])
     if not plan.spec.paths or not given:
         return torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(w)
     g, x, y, w = g.contiguous(), x.contiguous(), y.contiguous(), w.contiguous()
@@ -154,99 +145,7 @@ def _second(
     return (dg, *found)
 
 
-# ----------------------------------------------------------------------------------------------------------- differentiating
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, w: Tensor, graph: _Graph, plan: _Plan) -> Tensor:
-        ctx.save_for_backward(x, y, w)
-        ctx.graph, ctx.plan = graph, plan
-        return _product(plan, x, y, w, graph)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return (*_Gradients.apply(g, *ctx.saved_tensors, ctx.graph, ctx.plan), None, None)
-
-
-class _Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: _Graph, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(g, x, y, w)
-        ctx.graph, ctx.plan = graph, plan
-        ctx.set_materialize_grads(False)
-        return _gradients(plan, g, x, y, w, graph)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        g, x, y, w = ctx.saved_tensors
-        return (*_second(ctx.plan, cotangents, g, x, y, w, ctx.graph), None, None)
-
-
-# --------------------------------------------------------------------------------------------------------------- compiling
-
-
-@torch.library.custom_op("matfound::tensor_product", mutates_args=(), device_types="cuda")
-def product_op(
-    x: Tensor, y: Tensor, w: Tensor, source: Tensor, by_target: Tensor | None, rows_target: Tensor, by_source: Tensor | None,
-    rows_source: Tensor, spec: str,
-) -> Tensor:  # fmt: skip
-    """The product, as torch.compile sees it."""
-    return _product(_parsed(spec), x, y, w, (source, by_target, rows_target, by_source, rows_source))
-
-
-@product_op.register_fake
-def _(x: Tensor, *others: Any) -> Tensor:
-    *_, rows_target, _, _, spec = others
-    return x.new_empty(rows_target.shape[0] - 1, _parsed(spec).dim_out)
-
-
-@torch.library.custom_op("matfound::tensor_product_backward", mutates_args=(), device_types="cuda")
-def gradients_op(
-    g: Tensor, x: Tensor, y: Tensor, w: Tensor, source: Tensor, by_target: Tensor | None, rows_target: Tensor, by_source: Tensor | None,
-    rows_source: Tensor, spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of the product."""
-    return _gradients(_parsed(spec), g, x, y, w, (source, by_target, rows_target, by_source, rows_source))
-
-
-@gradients_op.register_fake
-def _(g: Tensor, x: Tensor, y: Tensor, w: Tensor, *_graph: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(w)
-
-
-@torch.library.custom_op("matfound::tensor_product_second", mutates_args=(), device_types="cuda")
-def second_op(
-    hx: Tensor | None, hy: Tensor | None, hw: Tensor | None, g: Tensor, x: Tensor, y: Tensor, w: Tensor, source: Tensor,
-    by_target: Tensor | None, rows_target: Tensor, by_source: Tensor | None, rows_source: Tensor, spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of the gradients."""
-    return _second(_parsed(spec), (hx, hy, hw), g, x, y, w, (source, by_target, rows_target, by_source, rows_source))
-
-
-@second_op.register_fake
-def _(
-    hx: Any, hy: Any, hw: Any, g: Tensor, x: Tensor, y: Tensor, w: Tensor, *_graph: Any  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(g), torch.empty_like(x), torch.empty_like(y), torch.empty_like(w)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-    *tensors, ctx.spec = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _product_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    return (*gradients_op(g, *ctx.saved_tensors, ctx.spec), *[None] * 6)
-
-
-def _gradients_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    return (*second_op(*cotangents, *ctx.saved_tensors, ctx.spec), *[None] * 6)
-
-
-product_op.register_autograd(_product_backward, setup_context=_save)
-gradients_op.register_autograd(_gradients_backward, setup_context=_save)
+IMPLEMENTATIONS["cuda"] = Implementation(_plan, _product, _gradients, _second)
 
 
 def _check(x: Tensor) -> None:
@@ -256,16 +155,12 @@ def _check(x: Tensor) -> None:
         raise InputError(f"backend 'cuda' takes float32, float64 or bfloat16, received {x.dtype}", remedy="choose backend 'reference'")
 
 
-def _apply(spec: TensorProductSpec, x: Tensor, y: Tensor, w: Tensor, graph: _Graph) -> Tensor:
+def _apply(spec: TensorProductSpec, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> Tensor:
     if not x.dtype == y.dtype == w.dtype:  # under autocast
         number = torch.promote_types(torch.promote_types(x.dtype, y.dtype), w.dtype)
         x, y, w = x.to(number), y.to(number), w.to(number)
     _check(x)
-    plan = _plan(spec)
-    if torch.compiler.is_compiling():
-        return product_op(x, y, w, *graph, plan.text)
-    found: Tensor = _Product.apply(x, y, w, graph, plan)
-    return found
+    return apply(spec, x, y, w, graph)
 
 
 def gather_sum(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from e3nn.o3 import wigner_3j
 
+from matfound.errors import InputError
 from matfound.ops.tensor_product.spec import TensorProductSpec
 
 #: Channels that a warp takes at once, and warps in a block.
@@ -37,7 +38,13 @@ class _Path:
     dim_out: int
     mul: int
     weight: int
+    weighted: bool
     couplings: tuple[tuple[int, int, int, float], ...]
+
+    @property
+    def w(self) -> str:
+        """Name of the weight, or 1."""
+        return f"w{self.weight}" if self.weighted else "A(1)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +62,17 @@ class Group:
 
 @functools.lru_cache(maxsize=256)
 def _paths(spec: TensorProductSpec) -> tuple[_Path, ...]:
+    if spec.mode == "uvw":
+        raise InputError("kernels are for the channelwise modes", remedy="call matfound.ops.tensor_product.tensor_product")
     rows_in, rows_sh, rows_out = (blocks.slices() for blocks in (spec.blocks_in, spec.blocks_sh, spec.blocks_out))
     paths: list[_Path] = []
     weight = 0
     for i, j, k in spec.paths:
         (mul, ir_in), (_, ir_sh), (_, ir_out) = spec.blocks_in[i], spec.blocks_sh[j], spec.blocks_out[k]
-        norm = (ir_out.dim / sum(1 for path in spec.paths if path[2] == k)) ** 0.5
-        tensor = wigner_3j(ir_in.l, ir_sh.l, ir_out.l, dtype=torch.float64) * norm
+        tensor = wigner_3j(ir_in.l, ir_sh.l, ir_out.l, dtype=torch.float64) * spec.norm(k)
         found = [(a, b, c, float(tensor[a, b, c])) for a, b, c in tensor.nonzero().tolist() if abs(float(tensor[a, b, c])) > _ZERO]
         starts = rows_in[i].start, rows_sh[j].start, rows_out[k].start
-        paths.append(_Path(starts[0], ir_in.dim, starts[1], ir_sh.dim, starts[2], ir_out.dim, mul, weight, tuple(found)))
+        paths.append(_Path(starts[0], ir_in.dim, starts[1], ir_sh.dim, starts[2], ir_out.dim, mul, weight, spec.weighted, tuple(found)))
         weight += mul
     return tuple(paths)
 
@@ -96,6 +104,10 @@ def _inputs(paths: Sequence[_Path]) -> dict[int, int]:
     return {path.x: path.dim_x for path in paths}
 
 
+def _others(paths: Sequence[_Path]) -> dict[int, int]:
+    return {path.y: path.dim_y for path in paths}
+
+
 def _outputs(paths: Sequence[_Path]) -> dict[int, int]:
     return {path.out: path.dim_out for path in paths}
 
@@ -104,9 +116,12 @@ def _harmonics(paths: Sequence[_Path]) -> list[int]:
     return sorted({path.y + b for path in paths for b in range(path.dim_y)})
 
 
-def tiles(parts: Sequence[Group]) -> int:
-    """Warps an atom."""
-    return sum(part.tiles for part in parts)
+def slots(spec: TensorProductSpec) -> int:
+    """Summands of an edge's gradient of y: one of each warp, which sums over its channels; or, where channels have their own, of each
+    part, whose warps do not meet.
+    """
+    parts = groups(spec, by_output=False)
+    return len(parts) if spec.mode == "uuu" else sum(part.tiles for part in parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the sources
@@ -185,7 +200,10 @@ class _Stage:
             if "x" in names:
                 rows = f"{prefix}x + s * {spec.blocks_in.dim}LL + u"
                 columns += [(f"{prefix}x{x}_{a}", f"{rows} + {x + a * mul}") for x, dim in _inputs(paths).items() for a in range(dim)]
-            if "w" in names:
+            if "y" in names and spec.mode == "uuu":
+                rows = f"{prefix}y + e * {spec.blocks_sh.dim}LL + u"
+                columns += [(f"{prefix}y{y + b}", f"{rows} + {y + b * mul}") for y, dim in _others(paths).items() for b in range(dim)]
+            if "w" in names and spec.weighted:
                 columns += [(f"{prefix}w{p.weight}", f"{prefix}w + e * {spec.weight_numel}LL + u + {p.weight}") for p in paths]
         for n, (name, address) in enumerate(columns):
             self.fetches.append(f"if (in) copy(to + {n * LANES} + lane, {address});")
@@ -194,7 +212,7 @@ class _Stage:
         self.size = len(columns) * LANES
         dim = spec.blocks_sh.dim
         for prefix, names in reads:
-            if "y" in names:
+            if "y" in names and spec.mode == "uvu":
                 for start in range(0, dim, LANES):
                     column = f"{start} + lane"
                     condition = f"if (lane < {dim - start}) " if dim - start < LANES else ""
@@ -310,7 +328,7 @@ def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = No
 
 
 def _forward_path(path: _Path, dtype: torch.dtype, second: str | None) -> list[str]:
-    x, y, w = f"x{path.x}_{{}}", [f"y{path.y + b}" for b in range(path.dim_y)], f"w{path.weight}"
+    x, y, w = f"x{path.x}_{{}}", [f"y{path.y + b}" for b in range(path.dim_y)], path.w
 
     def contract(left: str, names: Sequence[str], name: str) -> list[str]:
         lines = _contract(path, "c", left, "{}", dtype, name)
@@ -348,7 +366,7 @@ def is_fused(spec: TensorProductSpec) -> bool:
 def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None) -> str:
     """`tp_backward(x, y, w, g, gather, order, rows, dx, dy, dw, atoms)`: derivatives of <g, out> on each edge.
 
-    dx (edges, dim_in) is for the features that the edge gathers, dy (edges, tiles, dim_sh) has a part of each warp, to be added up.
+    dx (edges, dim_in) is for the features that the edge gathers, dy (edges, slots, dim_sh) has summands of each warp or part.
     With `second`, `tp_backward_second(x, y, w, g, hx, hy, hw, …)`: derivatives of what the cotangents (hx, hy, hw) make of those, and,
     where `is_fused`, into a last result `dg` what `tp_second` of `forward` makes.
     """
@@ -358,7 +376,7 @@ def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = N
     bodies = []
     stages = [_Stage(spec, part.paths, [("", "xyw"), ("h", second or "")]) for part in parts]
     depth = _depth(stages, dtype)
-    for part, stage in zip(parts, stages, strict=True):
+    for number, (part, stage) in enumerate(zip(parts, stages, strict=True)):
         body = [
             f"const A g{out}_{c} = in ? GET(g[atom * {width}LL + {out + c * part.mul} + u]) : A(0);"
             for out, dim in _outputs(part.paths).items()
@@ -368,14 +386,20 @@ def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = N
         body += [f"A {name} = 0;" for name, _ in outputs]
         inner = [f"A dx{x}_{a} = 0;" for x, dim in _inputs(part.paths).items() for a in range(dim)]
         inner += [f"A dy{n} = 0;" for n in _harmonics(part.paths)]
-        inner.append(f"T* __restrict__ dwr = dw + e * {spec.weight_numel}LL + u;")
+        inner += [f"T* __restrict__ dwr = dw + e * {spec.weight_numel}LL + u;"] if spec.weighted else []
         for path in part.paths:
             inner += ["{", *_backward_path(path, dtype, second), "}"]
             inner += ["{", *_forward_path(path, dtype, second), "}"] if fused else []
         inner.append(f"T* __restrict__ dxr = dx + e * {spec.blocks_in.dim}LL + u;")
         for x, dim in _inputs(part.paths).items():
             inner += [f"if (in) dxr[{x + a * part.mul}] = PUT(dx{x}_{a});" for a in range(dim)]
-        inner += _over_lanes(spec.blocks_sh.dim, set(_harmonics(part.paths)), tiles(parts))
+        slot = str(number) if spec.mode == "uuu" else "slot"
+        inner.append(f"A* __restrict__ dyr = dy + (e * {slots(spec)}LL + {slot}) * {spec.blocks_sh.dim}LL;")
+        if spec.mode == "uuu":
+            columns = [(y + b, y + b * part.mul) for y, dim in _others(part.paths).items() for b in range(dim)]
+            inner += [f"if (in) dyr[{column} + u] = dy{n};" for n, column in columns]
+        else:
+            inner += _over_lanes(spec.blocks_sh.dim, set(_harmonics(part.paths)))
         stores = [f"if (in) dg[atom * {width}LL + {column} + u] = PUT({name});" for name, column in outputs]
         bodies.append(body + _edge_loop(stage, depth, inner) + stores)
     name, cotangents = ("tp_backward", "") if second is None else ("tp_backward_second", f", {_COTANGENTS}")
@@ -386,7 +410,7 @@ def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = N
 
 
 def _backward_path(path: _Path, dtype: torch.dtype, second: str | None) -> list[str]:
-    x, g, w = f"x{path.x}_{{}}", f"g{path.out}_{{}}", f"w{path.weight}"
+    x, g, w = f"x{path.x}_{{}}", f"g{path.out}_{{}}", path.w
     y = [f"y{path.y + b}" for b in range(path.dim_y)]
 
     def with_y(names: Sequence[str], name: str) -> list[str]:
@@ -407,8 +431,7 @@ def _backward_path(path: _Path, dtype: torch.dtype, second: str | None) -> list[
     if second is None:
         lines = with_y(y, "z") + with_x(x, "q")
         lines += [f"dx{path.x}_{a} += {w} * z{a};" for a in entries_a] + [f"dy{path.y + b} += {w} * q{b};" for b in entries_b]
-        total = " + ".join(f"{x.format(a)} * z{a}" for a in entries_a)
-        return [*lines, f"if (in) dwr[{path.weight}] = PUT({total});"]
+        return lines + _gradient_of_weight(path, [f"{x.format(a)} * z{a}" for a in entries_a])
     weights: list[str] = []
     lines = []
     if "w" in second or "x" in second:
@@ -424,12 +447,16 @@ def _backward_path(path: _Path, dtype: torch.dtype, second: str | None) -> list[
     if "w" in second:
         lines += with_x(x, "q")
         lines += [f"dx{path.x}_{a} += h{w} * z{a};" for a in entries_a] + [f"dy{path.y + b} += h{w} * q{b};" for b in entries_b]
-    return [*lines, f"if (in) dwr[{path.weight}] = PUT({' + '.join(weights) or 'A(0)'});"]
+    return lines + _gradient_of_weight(path, weights)
 
 
-def _over_lanes(dim: int, known: set[int], slots: int) -> list[str]:
+def _gradient_of_weight(path: _Path, terms: Sequence[str]) -> list[str]:
+    return [f"if (in) dwr[{path.weight}] = PUT({' + '.join(terms) or 'A(0)'});"] if path.weighted else []
+
+
+def _over_lanes(dim: int, known: set[int]) -> list[str]:
     """Sums of the harmonics' gradients over the channels of a warp: at each step a lane keeps half of the numbers."""
-    lines = [f"A* __restrict__ dyr = dy + (e * {slots}LL + slot) * {dim}LL;"]
+    lines: list[str] = []
     for start in range(0, dim, LANES):
         count = min(LANES, dim - start)
         size = 1 << (count - 1).bit_length()

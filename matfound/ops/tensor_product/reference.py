@@ -1,77 +1,98 @@
-"""The readable backend: it owns the semantics, and every other backend is tested against it."""
+"""The readable backend: it owns the semantics of the channelwise modes, and every other backend is tested against it."""
 
-import functools
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from e3nn.o3 import wigner_3j
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from matfound.ops.constants import constant
 from matfound.ops.tensor_product.order import EdgeOrder
 from matfound.ops.tensor_product.spec import TensorProductSpec
 
 
-@functools.lru_cache(maxsize=256)
-def _couplings(spec: TensorProductSpec, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(dim_sh, D · dim_in) matrix that turns harmonics into the map from input block to all its outputs, D components in all."""
+def _couplings(spec: TensorProductSpec, block: int) -> Tensor:
     dim_in = spec.blocks_in[block].ir.dim
     columns = []
     for i, j, k in spec.paths:
         if i != block:
             continue
         ir_in, ir_sh, ir_out = spec.blocks_in[i].ir, spec.blocks_sh[j].ir, spec.blocks_out[k].ir
-        fan = sum(1 for path in spec.paths if path[2] == k)
-        c = wigner_3j(ir_in.l, ir_sh.l, ir_out.l, dtype=torch.float64) * (ir_out.dim / fan) ** 0.5
+        c = wigner_3j(ir_in.l, ir_sh.l, ir_out.l, dtype=torch.float64) * spec.norm(k)
         column = torch.zeros(spec.blocks_sh.dim, ir_out.dim, dim_in, dtype=torch.float64)
         column[spec.blocks_sh.slices()[j]] = c.permute(1, 2, 0)
         columns.append(column)
-    return torch.cat(columns, dim=1).flatten(1).to(device=device, dtype=dtype)
+    return torch.cat(columns, dim=1).flatten(1)
 
 
-class _Join(torch.autograd.Function):
-    """`torch.cat` along dimension 1 whose backward is a split: the slices that cat's own backward takes are filled up with zeros to
-    the whole width, one by one, when they are differentiated again.
-    """
+def couplings(spec: TensorProductSpec, block: int, like: Tensor) -> Tensor:
+    """(dim_sh, D · dim_in) matrix that turns harmonics into the map from an input block to all its outputs, D components in all."""
+    return constant(spec, "maps", _couplings, block, like=like)
 
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.widths = [part.shape[1] for part in parts]
-        return torch.cat(parts, dim=1)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad.split(ctx.widths, dim=1)
+def _pair_couplings(spec: TensorProductSpec, first: int, second: int) -> Tensor:
+    """(D, dim_a · dim_b) matrix that turns the products of two blocks' components into all their outputs, D components in all."""
+    rows = []
+    for i, j, k in spec.paths:
+        if (i, j) == (first, second):
+            irreps = spec.blocks_in[i].ir, spec.blocks_sh[j].ir, spec.blocks_out[k].ir
+            c = wigner_3j(*(ir.l for ir in irreps), dtype=torch.float64) * spec.norm(k)
+            rows.append(c.permute(2, 0, 1).flatten(1))
+    return torch.cat(rows)
 
 
 def _blocks(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: Tensor) -> list[Tensor | None]:
-    """Each output block on each edge; None where no path leads. One matrix product an input block: harmonics → couplings · features."""
-    edges = x.shape[0]
+    """Each output block on each edge; None where no path leads."""
     # Split, not slices: the backward pass of a slice fills a tensor of the whole width with zeros.
-    path_weights = weights.split([spec.blocks_in[i].mul for i, _, _ in spec.paths], dim=1)
+    path_weights = [w.unsqueeze(1) for w in weights.split(spec.weight_sizes, dim=1)] if spec.weighted else None
     outputs: dict[int, Tensor] = {}
-    for block, ((mul, ir), columns) in enumerate(zip(spec.blocks_in, x.split([b.dim for b in spec.blocks_in], dim=1), strict=True)):
-        paths = [(path[2], w) for path, w in zip(spec.paths, path_weights, strict=True) if path[0] == block]
+    for k, message in (_by_channel if spec.mode == "uuu" else _with_harmonics)(spec, x, y, path_weights):
+        flat = message.flatten(1)
+        outputs[k] = outputs[k] + flat if k in outputs else flat
+    return [outputs.get(k) for k in range(len(spec.shapes[2]))]
+
+
+def _with_harmonics(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: list[Tensor] | None) -> Iterator[tuple[int, Tensor]]:
+    """Output block and message of every path, "uvu". One matrix product an input block: harmonics → couplings · features."""
+    shapes_in, _, shapes_out = spec.shapes
+    for block, ((dim, _), features) in enumerate(zip(shapes_in, _split(x, shapes_in), strict=True)):
+        paths = [(n, k) for n, (i, _, k) in enumerate(spec.paths) if i == block]
         if not paths:
             continue
-        sizes = [spec.blocks_out[k].ir.dim for k, _ in paths]
-        maps = (y @ _couplings(spec, block, x.dtype, x.device)).view(edges, sum(sizes), ir.dim)
-        features = columns.unflatten(1, (ir.dim, mul))
-        if ir.dim == 1:  # scalars: weighted before they are spread over the components of the output
-            messages = [a * (features * w.unsqueeze(1)) for (_, w), a in zip(paths, maps.split(sizes, dim=1), strict=True)]
+        sizes = [shapes_out[k][0] for _, k in paths]
+        maps = (y @ couplings(spec, block, x)).view(x.shape[0], sum(sizes), dim)
+        if dim == 1:  # scalars: weighted before they are spread over the components of the output
+            for (n, k), a in zip(paths, maps.split(sizes, dim=1), strict=True):
+                yield k, a * (features if weights is None else features * weights[n])
         else:
-            products = torch.bmm(maps, features).split(sizes, dim=1)
-            messages = [product * w.unsqueeze(1) for (_, w), product in zip(paths, products, strict=True)]
-        for (k, _), message in zip(paths, messages, strict=True):
-            flat = message.flatten(1)
-            outputs[k] = outputs[k] + flat if k in outputs else flat
-    return [outputs.get(k) for k in range(len(spec.blocks_out))]
+            for (n, k), product in zip(paths, torch.bmm(maps, features).split(sizes, dim=1), strict=True):
+                yield k, product if weights is None else product * weights[n]
+
+
+def _by_channel(spec: TensorProductSpec, x: Tensor, y: Tensor, weights: list[Tensor] | None) -> Iterator[tuple[int, Tensor]]:
+    """Likewise, "uuu". One matrix product for each pair of blocks: couplings · products of their components."""
+    shapes_in, shapes_sh, shapes_out = spec.shapes
+    features, others = _split(x, shapes_in), _split(y, shapes_sh)
+    for i, j in dict.fromkeys((i, j) for i, j, _ in spec.paths):
+        paths = [(n, path[2]) for n, path in enumerate(spec.paths) if path[:2] == (i, j)]
+        pairs = (features[i].unsqueeze(2) * others[j].unsqueeze(1)).flatten(1, 2)
+        products = torch.matmul(constant(spec, "pairs", _pair_couplings, i, j, like=x), pairs)
+        for (n, k), product in zip(paths, products.split([shapes_out[k][0] for _, k in paths], dim=1), strict=True):
+            yield k, product if weights is None else product * weights[n]
+
+
+def _split(x: Tensor, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """(rows, components, channels) of each block."""
+    blocks = x.split([components * channels for components, channels in shapes], dim=1)
+    return [block.unflatten(1, shape) for block, shape in zip(blocks, shapes, strict=True)]
 
 
 def _join(spec: TensorProductSpec, found: list[Tensor | None], x: Tensor) -> Tensor:
     """Blocks side by side, for each row of x."""
-    blocks = [x.new_zeros(x.shape[0], block.dim) if y is None else y for block, y in zip(spec.blocks_out, found, strict=True)]
-    return _Join.apply(*blocks) if blocks else x.new_empty(x.shape[0], 0)
+    widths = [components * channels for components, channels in spec.shapes[2]]
+    blocks = [x.new_zeros(x.shape[0], width) if y is None else y for width, y in zip(widths, found, strict=True)]
+    return torch.cat(blocks, dim=1) if blocks else x.new_empty(x.shape[0], 0)
 
 
 def per_edge(
