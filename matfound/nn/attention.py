@@ -132,7 +132,7 @@ def attention_weights(
         eps: keeps the division finite.
     """
     highest = logits.new_full((num_atoms, logits.shape[1]), -torch.inf)
-    highest = highest.index_reduce(0, target, logits.detach(), "amax", include_self=True)
+    highest = highest.scatter_reduce(0, target.unsqueeze(1).expand_as(logits), logits.detach(), "amax")
     weights = torch.exp(logits - highest[target])
     if envelope is not None:
         weights = weights * envelope.unsqueeze(1)

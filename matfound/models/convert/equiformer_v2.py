@@ -56,6 +56,8 @@ _IGNORED = {
 }  # fmt: skip
 _STRESS_FIXED = {"use_source_target_embedding": True, "decompose": True, "extensive": False, "edge_level": False}
 
+MODELS = ("equiformer_v2", "equiformer_v2_backbone", "equiformer_v2_dens_backbone")
+
 #: Tensors that follow from the configuration.
 DERIVED = (
     r"(^|\.)(SO3_rotation|SO3_grid|mappingReduced|mapping)\.|(^|\.)distance_expansion\.offset$"
