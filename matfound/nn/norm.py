@@ -119,7 +119,7 @@ NORMS: dict[str, type[MergedLayerNorm | SeparableLayerNorm | DegreeLayerNorm]] =
 }
 
 
-def normalization(kind: NormKind, lmax: int, channels: int) -> nn.Module:
+def normalization(kind: str, lmax: int, channels: int) -> nn.Module:
     """The norm of a configuration's name.
 
     Raises:
