@@ -227,9 +227,12 @@ def equiformer(folder: Path, computed: Arrays) -> Iterator[Row]:
             potential.to(torch.float64 if precision == "f64" else torch.float32)
             for case in cases:
                 if case.name in stored:
-                    ours = raw_outputs(potential, case, dens=bool(part))
+                    ours = raw_outputs(potential, case, precision, dens=bool(part))
                     computed.update({f"{case.name}/{part}{key}_{precision}": array.numpy() for key, array in ours.items()})
-                    yield from judged(case.name, part, precision, ours, stored[case.name]["outputs_f64"], spread)
+                    for row in judged(case.name, part, precision, ours, stored[case.name]["outputs_f64"], spread):
+                        if part and not torch.equal(*(noise_mask(case.content, of) for of in ("f32", "f64"))):
+                            row.status = row.status or "the reference has another noise mask in float64"
+                        yield row
 
 
 CASES = ("cu_slab_oh", "nacl", "ethanol", "batch3")
@@ -294,7 +297,23 @@ def tie(
     return ""
 
 
-def raw_outputs(potential: Potential, case: Case, *, dens: bool) -> dict[str, torch.Tensor]:
+def noise_mask(content: dict[str, Any], precision: str) -> torch.Tensor:
+    """The atoms that noise has moved.
+
+    The fixtures of 2026-11-24 store one mask and had two: forces and mask were drawn with seed 7, and the mask in the type of the run, so
+    that the float64 outputs belong to another one. Where the stored mask is recognised as the draw in float32, that in float64 is drawn.
+    """
+    dens, moved = content["dens"], content["dens"]["dens_batch_mask"][content["inputs"]["batch"]]
+    generator = torch.Generator().manual_seed(7)
+    forces = 0.3 * torch.randn(dens["forces"].shape, generator=generator)
+    state, drawn = generator.get_state(), torch.rand(len(moved), generator=generator) < 0.5
+    if precision == "f32" or not (torch.equal(forces, dens["forces"]) and torch.equal(drawn & moved, dens["noise_mask"])):
+        return dens["noise_mask"] & moved
+    generator.set_state(state)
+    return moved & (torch.rand(len(moved), generator=generator, dtype=torch.float64) < 0.5)
+
+
+def raw_outputs(potential: Potential, case: Case, precision: str, *, dens: bool) -> dict[str, torch.Tensor]:
     """What the original's heads give, in its units, with the drawn frames; with `dens` for denoising."""
     batch, content = case.batch.clone(), case.content
     if "edge_rand" in content:
@@ -305,8 +324,7 @@ def raw_outputs(potential: Potential, case: Case, *, dens: bool) -> dict[str, to
         potential.backbone.frames = lambda vectors: saved  # type: ignore[assignment]
     moved = torch.zeros(batch.num_nodes, dtype=torch.bool)
     if dens:
-        noisy = content["dens"]["dens_batch_mask"]
-        moved = content["dens"]["noise_mask"] & noisy[batch.batch]
+        noisy, moved = content["dens"]["dens_batch_mask"], noise_mask(content, precision)
         batch.given_forces = torch.where(moved[:, None], content["dens"]["forces"].double(), torch.nan)
     found = potential(batch)
     outputs = {"energy": found["energy"], "forces": found["forces"]}
