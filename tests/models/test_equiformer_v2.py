@@ -104,7 +104,7 @@ def test_a_gradient_of_its_energy_is_right():
     # No distance near the cutoff, where the energy jumps; the first bond along the polar axis.
     molecule = ase.Atoms("OMgTiO", [[0, 0, 0], [0, 1.9, 0], [1.4, 0.8, 0.9], [-0.9, 0.3, 1.2]])
     # The 600 Gaussians are 0.013 Å wide.
-    check_gradients(potential, molecule, step=1e-4, components=12)
+    check_gradients(potential, molecule, step=3e-5, components=12)
 
 
 def test_direct_heads_need_no_gradient():
