@@ -327,8 +327,9 @@ class EquiformerV3(Backbone):
         rotation = packed_rotation(self.frames(vectors), layout.lmax, layout.mmax, dtype)
         r = torch.linalg.vector_norm(vectors, dim=1).to(dtype)
         pairs = torch.stack([numbers[source], numbers[target]])
-        edges = EdgeFeatures(source, target, pairs, self.basis(r), rotation, self.envelope(r))
-        message = self.edge_degree(edges).unflatten(1, (layout.widths[0], self.channels)) * edges.envelope[:, None, None]
+        envelope = self.envelope(r)
+        edges = EdgeFeatures(source, target, pairs, self.basis(r), rotation, envelope)
+        message = self.edge_degree(edges).unflatten(1, (layout.widths[0], self.channels)) * envelope[:, None, None]
         x = so2_rotate_back(layout, message, rotation, target, len(numbers), self.sizes.backend) / self.avg_neighbors
         x = torch.cat([x[:, :1] + self.embedding[numbers].unsqueeze(1), x[:, 1:]], dim=1)
         if self.force_embedding is not None and given is not None:

@@ -25,7 +25,8 @@ def _backbone(head: Head, backbone: Backbone) -> EquiformerV3:
 
 def _spherical(features: NodeFeatures) -> tuple[Tensor, EdgeFeatures]:
     assert isinstance(features, SphericalFeatures)
-    assert features.spherical is not None and features.edges is not None
+    assert features.spherical is not None
+    assert features.edges is not None
     return features.spherical, features.edges
 
 
@@ -119,9 +120,10 @@ class EquiformerV3Noise(Head):
         self.sigma = sigma
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        if _backbone(self, backbone).force_embedding is None:
+        network = _backbone(self, backbone)
+        if network.force_embedding is None:
             raise InputError("noise can only be predicted where forces are given", remedy="set force_embedding: true of the backbone")
-        self.readout = VectorReadout(backbone.sizes, datasets)
+        self.readout = VectorReadout(network.sizes, datasets)
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
         """`noise` (atoms, 3), Å, float64; it means something for moved atoms only."""
