@@ -13,7 +13,7 @@ from matfound.models.convert import fairchem, mace, sevennet
 CONVERTER_VERSION = 1
 
 
-def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence: str = "") -> Potential:
+def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence: str = "", *, ema: bool = True) -> Potential:
     """The potential of a foreign checkpoint, which is recognised by its content.
 
     Args:
@@ -21,6 +21,7 @@ def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence:
             checkpoint of fairchem 1.x or of EquiformerV3's code (.pt).
         datasets: names for the vocabulary where the file has none.
         licence: of the weights.
+        ema: where a file of fairchem has averaged weights beside the last ones, take the averaged ones.
 
     Returns:
         in eval mode, with the weights' own type; it reproduces the original's outputs.
@@ -34,7 +35,8 @@ def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence:
         if adapter is None:
             remedy = "give a SevenNet checkpoint (.pth), an exported MACE model, or a checkpoint of fairchem 1.x (.pt)"
             raise InputError(f"not a checkpoint that can be converted: {_kind(content)}", remedy=remedy)
-        potential = adapter.convert(content, datasets, licence)
+        options = {"ema": ema} if adapter is fairchem else {}
+        potential = adapter.convert(content, datasets, licence, **options)
     except InputError as error:
         raise error.at(file) from None
     return potential.eval().requires_grad_(False)

@@ -56,7 +56,13 @@ _IGNORED = {
 }  # fmt: skip
 _STRESS_FIXED = {"use_source_target_embedding": True, "decompose": True, "extensive": False, "edge_level": False}
 
-MODELS = ("equiformer_v2", "equiformer_v2_backbone", "equiformer_v2_dens_backbone")
+#: Names of the network, as registered and as classes.
+MODELS = (
+    "equiformer_v2", "equiformer_v2_backbone", "equiformer_v2_dens_backbone", "EquiformerV2", "EquiformerV2Backbone", "EqV2DeNSBackbone",
+)  # fmt: skip
+_ENERGY = ("equiformer_v2_energy_head", "EquiformerV2EnergyHead", "DeNSScalarHead")
+_FORCES = ("equiformer_v2_force_head", "EquiformerV2ForceHead", "DeNSVectorHead")
+_STRESS = ("rank2_symmetric_head", "Rank2SymmetricTensorHead", "DeNSRank2Head")
 
 #: Tensors that follow from the configuration.
 DERIVED = (
@@ -166,12 +172,12 @@ def _heads(config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]], av
         return {"energy": EquiformerV2Energy(avg_atoms), **forces}
     found: dict[str, Head] = {}
     for name, options in heads.items():
-        kind = str(options.get("module"))
-        if kind == "equiformer_v2_energy_head" and options.get("reduce", "sum") == "sum":
+        kind = str(options.get("module")).rpartition(".")[2]
+        if kind in _ENERGY and options.get("reduce", "sum") == "sum":
             found["energy"] = EquiformerV2Energy(avg_atoms)
-        elif kind == "equiformer_v2_force_head":
+        elif kind in _FORCES:
             found["forces"] = EquiformerV2Forces()
-        elif kind == "rank2_symmetric_head" and all(options.get(key, value) == value for key, value in _STRESS_FIXED.items()):
+        elif kind in _STRESS and all(options.get(key, value) == value for key, value in _STRESS_FIXED.items()):
             found["stress"] = EquiformerV2Stress(norm)
         else:
             raise InputError(f"the head '{name}', {dict(options)}, is not known here")

@@ -104,7 +104,8 @@ def _model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, An
     if name != "hydra":
         return name, options, {}
     backbone = dict(options.get("backbone") or {})
-    return str(backbone.pop("model", "")), backbone, dict(options.get("heads") or {})
+    # A name in the registry, or the path of the class.
+    return str(backbone.pop("model", "")).rpartition(".")[2], backbone, dict(options.get("heads") or {})
 
 
 def _build(
