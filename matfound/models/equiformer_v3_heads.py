@@ -1,13 +1,16 @@
 """EquiformerV3's heads: energy, forces and stress, by gradient or straight from the features, and the noise of perturbed structures."""
 
 import functools
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from matfound.errors import InputError
-from matfound.models.base import Backbone, Head, NodeFeatures, Statistics
+from matfound.models import checkpoint
+from matfound.models.base import Backbone, Head, NodeFeatures, Potential, Statistics
 from matfound.models.equiformer_v3 import EquiformerV3, GraphAttention, Sizes, linear
 from matfound.nn.attention import EdgeFeatures, SphericalFeatures
 from matfound.nn.gradients import forces_and_stress, sum_over
@@ -173,3 +176,30 @@ def _cartesian(device: torch.device) -> Float[Tensor, "9 3 3"]:
     basis[6] = torch.diag(torch.tensor([-1.0, 2.0, -1.0], dtype=torch.float64)) / 6**0.5
     basis[8] = torch.diag(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)) / 2**0.5
     return basis.to(device)
+
+
+def gradient_stage(model: str | Path | Potential, datasets: Sequence[str] | None = None) -> Potential:
+    """The second stage of training: the backbone of a direct model, and a new energy head whose gradients are forces and stress.
+
+    In a recipe: `potential: {class_path: matfound.models.equiformer_v3_heads.gradient_stage, init_args: {model: NAME, datasets: [mine]}}`.
+
+    Args:
+        model: name or folder of a checkpoint, or a potential (which stays as it is).
+        datasets: vocabulary of the new model; None: that of the old one.
+
+    Returns:
+        Without force embedding and dropout; all parameters require gradients.
+
+    Raises:
+        InputError: its backbone is not EquiformerV3's.
+    """
+    old = model if isinstance(model, Potential) else checkpoint.load(model)
+    backbone, energy = old.backbone, dict(old.heads.items()).get("energy")
+    if not isinstance(backbone, EquiformerV3) or not isinstance(energy, EquiformerV3Energy):
+        raise InputError("the gradient stage starts from EquiformerV3's backbone and energy head", remedy="give it a direct model")
+    arguments = backbone.config["init_args"] | {"attention_dropout": 0.0, "drop_path": 0.0, "force_embedding": False}
+    network = EquiformerV3(**arguments)
+    network.load_state_dict({name: value for name, value in backbone.state_dict().items() if not name.startswith("force_embedding.")})
+    head = EquiformerV3Energy(forces=True, stress=True, avg_atoms=energy.avg_atoms)
+    new = Potential(network, {"energy": head}, list(datasets or old.datasets), licence=old.licence)
+    return new.to(device=backbone.embedding.device, dtype=old.dtype).requires_grad_(True)

@@ -17,9 +17,16 @@ from matfound.models import checkpoint
 from matfound.models.base import Potential
 from matfound.models.convert import fairchem
 from matfound.models.equiformer_v3 import EquiformerV3, smallest_grids
-from matfound.models.equiformer_v3_heads import EquiformerV3Energy, EquiformerV3Forces, EquiformerV3Noise, EquiformerV3Stress
+from matfound.models.equiformer_v3_heads import (
+    EquiformerV3Energy,
+    EquiformerV3Forces,
+    EquiformerV3Noise,
+    EquiformerV3Stress,
+    gradient_stage,
+)
 from matfound.models.extend import extend
 from matfound.models.nequip import NequIP
+from matfound.nn.heads import GraphHead
 from matfound.nn.so3.grid import GridWarning
 from matfound.nn.so3.rotation import edge_frames
 from matfound.structures.atomic_data import AtomicData, collate
@@ -307,6 +314,22 @@ def test_a_checkpoint_gives_the_same(tmp_path: Path) -> None:
     batch.dataset[:] = 2
     for name, value in wider(batch).items():
         assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_the_gradient_stage_starts_from_the_direct_one() -> None:
+    direct = potential("direct", force_embedding=True, drop_path=0.1, attention_dropout=0.1)
+    second = gradient_stage(direct, ["mine"])
+    assert second.conservative
+    assert second.datasets == ["mine"]
+    assert second.backbone.config["init_args"]["drop_path"] == 0.0
+    batch = collate([prepare(direct, random_crystal(0, 3, (8, 22)))])
+    assert torch.allclose(second.eval().backbone(batch).scalars, direct.backbone(batch).scalars, atol=1e-6)
+    assert all(parameter.requires_grad for parameter in second.parameters())
+    assert not any("force_embedding" in name for name, _ in second.named_parameters())
+    second.heads["energy"].table.reference.fill_(0.0)
+    check_gradients(second.double(), random_crystal(0, 3, (8, 22)), components=3)
+    with pytest.raises(InputError, match="starts from EquiformerV3"):
+        gradient_stage(Potential(NequIP(irreps="4x0e", num_layers=1), {"gap": GraphHead("gap")}))
 
 
 @pytest.mark.parametrize(

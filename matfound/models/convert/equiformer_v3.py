@@ -94,7 +94,9 @@ def build(config: Mapping[str, Any], denoising: bool, grid_error: float | None =
     backbone = EquiformerV3(**arguments, force_embedding=denoising, grid_error=grid_error)
     forces, stress = bool(config["regress_forces"]), bool(config.get("regress_stress", False))
     gradient = not config["direct_prediction"]
-    heads: dict[str, Head] = {"energy": EquiformerV3Energy(gradient and forces, gradient and stress, float(config.get("avg_num_nodes", 1.0)))}
+    heads: dict[str, Head] = {
+        "energy": EquiformerV3Energy(gradient and forces, gradient and stress, float(config.get("avg_num_nodes", 1.0)))
+    }
     if forces and not gradient:
         heads["forces"] = EquiformerV3Forces()
     if stress and not gradient:
