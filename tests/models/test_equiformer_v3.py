@@ -11,11 +11,13 @@ import pytest
 import torch
 from ase.build import bulk
 
+from matfound import catalog
 from matfound.errors import InputError
 from matfound.graphs.neighbors import add_graphs
 from matfound.models import checkpoint
 from matfound.models.base import Potential
 from matfound.models.convert import fairchem
+from matfound.models.convert.equiformer_v3 import build
 from matfound.models.equiformer_v3 import EquiformerV3, smallest_grids
 from matfound.models.equiformer_v3_heads import (
     EquiformerV3Energy,
@@ -105,6 +107,54 @@ def test_fixtures(name: str, shared_data: Path) -> None:
         out = model.to(dtype)(batch)
         for key, reference in content["outputs_f64"].items():
             assert (out[key].reshape(reference.shape) - reference).abs().max() < tolerance * max(1.0, float(reference.abs().max()))
+
+
+#: The options as the published configurations write them: defaults are left out, training options are there.
+PUBLISHED: dict[str, Any] = {
+    "use_pbc": True, "use_pbc_single": True, "otf_graph": True, "regress_forces": True, "regress_stress": True, "direct_prediction": False,
+    "max_neighbors": 300, "max_radius": 6.0, "num_radial_basis": 64, "max_num_elements": 128, "num_layers": 7, "num_channels": 128,
+    "attn_hidden_channels": 32, "num_heads": 8, "attn_alpha_channels": 64, "attn_value_channels": 16, "ffn_hidden_channels": 512,
+    "norm_type": "merge_layer_norm", "lmax": 4, "mmax": 2, "attn_grid_resolution_list": [14, 8], "ffn_grid_resolution_list": [14, 14],
+    "edge_channels": 128, "use_atom_edge_embedding": True, "use_envelope": True, "attn_activation": "sep-merge_gates2_swiglu",
+    "use_attn_renorm": True, "use_add_merge": False, "use_rad_l_parametrization": True, "softcap": None,
+    "ffn_activation": "sep-merge_gates2_swiglu", "use_grid_mlp": True, "alpha_drop": 0.0, "attn_mask_rate": 0.0, "attn_weights_drop": 0.0,
+    "value_drop": 0.0, "drop_path_rate": 0.0, "proj_drop": 0.0, "ffn_drop": 0.0, "gradient_checkpointing_block_list": [0] * 7,
+    "enforce_max_neighbors_strictly": True, "avg_num_nodes": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("card", "changes", "denoising"),
+    [
+        ("equiformer-v3-oam", {"attn_eps": 1e-8, "use_gate_force_head": False, "use_head_reg": False}, False),
+        ("equiformer-v3-mptrj", {"num_radial_basis": 10, "use_gate_force_head": True}, False),
+        ("equiformer-v3-omat24-direct", {"direct_prediction": True, "attn_weights_drop": 0.1, "drop_path_rate": 0.05}, True),
+    ],
+)
+def test_published_configurations_are_those_of_the_cards(card: str, changes: dict[str, Any], denoising: bool) -> None:
+    with torch.device("meta"):
+        backbone, heads = build(PUBLISHED | changes, denoising)
+    expected = catalog.model(card)
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in backbone.config["init_args"].items()}
+    assert expected.init_args.items() <= arguments.items()
+    assert set(heads) == set(expected.heads)
+    for name, head in heads.items():
+        assert type(head).__name__ == expected.heads[name].class_path.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_type": "sep_layer_norm"}, "norm_type = 'sep_layer_norm'.*expected merge_layer_norm"),
+        ({"num_lyers": 3}, "did you mean 'num_layers'"),
+        ({"direct_prediction": True, "use_gate_force_head": False}, "without gates"),
+    ],
+)
+def test_options_of_the_original_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(PUBLISHED | changes, False)
+    with pytest.raises(InputError, match="lacks lmax"):
+        build({name: value for name, value in PUBLISHED.items() if name != "lmax"}, False)
 
 
 def test_denoising_fixture(shared_data: Path) -> None:
@@ -333,7 +383,7 @@ def test_the_gradient_stage_starts_from_the_direct_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("make", "message"),
     [
         (lambda: EquiformerV3(**SMALL | {"attention_grid": (8, 3)}), "attention_grid: \\[8, 4\\]"),
         (lambda: EquiformerV3(**SMALL | {"ffn_grid": (6, 7)}), "ffn_grid: \\[8, 7\\]"),
@@ -343,9 +393,9 @@ def test_the_gradient_stage_starts_from_the_direct_one() -> None:
         (lambda: Potential(NequIP(irreps="4x0e", num_layers=1), {"forces": EquiformerV3Forces()}), "not on NequIP's"),
     ],
 )
-def test_what_is_refused(build: Callable[[], object], message: str) -> None:
+def test_what_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build()
+        make()
 
 
 def test_coarse_grids_warn_with_their_error() -> None:

@@ -41,6 +41,15 @@ _ARGUMENTS = {
     "attn_weights_drop": "attention_dropout",
     "drop_path_rate": "drop_path",
 }
+#: What the original takes where the published configurations leave an option out.
+_DEFAULTS: dict[str, Any] = {
+    "enforce_max_neighbors_strictly": True,
+    "avg_degree": 23.395238876342773,
+    "avg_num_nodes": 77.81317,
+    "attn_eps": 1e-16,
+    "attn_weights_drop": 0.0,
+    "drop_path_rate": 0.0,
+}
 #: Options with the values that the network here has.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "use_pbc": (True,),
@@ -57,13 +66,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "use_rad_l_parametrization": (True,),
     "softcap": (None,),
     "use_grid_mlp": (True,),
-    "use_gate_force_head": (True,),
+    "use_gate_force_head": (True, False),
     "use_head_reg": (False,),
 }
 #: Options that matter in training only, or not at all here, where graphs are our own.
 _IGNORED = {
     "name", "use_pbc_single", "otf_graph", "alpha_drop", "attn_mask_rate", "value_drop", "proj_drop", "ffn_drop", "avg_num_nodes",
-    "activation_checkpoint", "use_compile", "weight_init", "use_denoising_pos", "use_force_encoding", "use_noise_schedule_sigma_encoding",
+    "gradient_checkpointing_block_list",
 }  # fmt: skip
 #: Tensors that follow from the configuration.
 DERIVED = (
@@ -87,16 +96,18 @@ def build(config: Mapping[str, Any], denoising: bool, grid_error: float | None =
         if key not in _ARGUMENTS and key not in _IGNORED and (key not in _FIXED or value not in _FIXED[key]):
             known = f"expected {' or '.join(map(str, _FIXED[key]))}" if key in _FIXED else nearest(key, [*_ARGUMENTS, *_FIXED])
             raise InputError(f"the option {key} = {value!r} of EquiformerV3 is not known here", remedy=known)
-    missing = [key for key in _ARGUMENTS if key not in config]
+    config = _DEFAULTS | dict(config)
+    missing = [key for key in (*_ARGUMENTS, "regress_forces", "direct_prediction") if key not in config]
     if missing:
-        raise InputError(f"the configuration lacks {', '.join(missing)}")
+        raise InputError(f"the configuration of EquiformerV3 lacks {', '.join(missing)}", remedy="get the file again")
     arguments = {ours: config[theirs] for theirs, ours in _ARGUMENTS.items()}
     backbone = EquiformerV3(**arguments, force_embedding=denoising, grid_error=grid_error)
     forces, stress = bool(config["regress_forces"]), bool(config.get("regress_stress", False))
     gradient = not config["direct_prediction"]
-    heads: dict[str, Head] = {
-        "energy": EquiformerV3Energy(gradient and forces, gradient and stress, float(config.get("avg_num_nodes", 1.0)))
-    }
+    if not gradient and not config.get("use_gate_force_head", True):
+        raise InputError("the force head without gates (use_gate_force_head = False) of EquiformerV3 is not known here")
+    energy = EquiformerV3Energy(gradient and forces, gradient and stress, float(config["avg_num_nodes"]))
+    heads: dict[str, Head] = {"energy": energy}
     if forces and not gradient:
         heads["forces"] = EquiformerV3Forces()
     if stress and not gradient:
