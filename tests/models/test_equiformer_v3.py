@@ -208,6 +208,13 @@ def test_forces_are_gradients_in_every_direction(direction: list[float]) -> None
     check_gradients(potential(num_layers=1).double(), bonded(direction), components=4)
 
 
+def test_stress_is_the_gradient_in_an_aligned_crystal() -> None:
+    """Edges lie on all axes, and those along y stay there when strained."""
+    rocksalt = bulk("MgO", "rocksalt", a=4.2)
+    rocksalt.positions[0] += [0.0, 0.03, 0.0]
+    check_gradients(potential(num_layers=1).double(), rocksalt, components=3)
+
+
 def test_special_directions_are_not_special() -> None:
     """Turning a structure off the axes, the poles and the equator turns its forces, also where the original code does not."""
     model = potential().double()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from matfound.nn.so3 import rotation
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.nn.so3.rotation import (
     EdgeFrames,
@@ -129,6 +130,16 @@ def test_no_edges_and_no_direction() -> None:
         (first,) = torch.autograd.grad(D.square().sum() + D.sum(), v, create_graph=True)
         assert first.isfinite().all()
         assert torch.autograd.grad(first.sum(), v)[0].isfinite().all()
+
+
+def test_constants_made_in_inference_mode_serve_gradients() -> None:
+    rotation._table.cache_clear()
+    v = torch.randn(3, 3, dtype=torch.float64)
+    with torch.inference_mode():
+        packed_rotation(edge_frames(v), 3, 2)
+    v.requires_grad_()
+    packed_rotation(edge_frames(v), 3, 2).sum().backward()
+    assert v.grad.isfinite().all()
 
 
 def test_detached_frames_have_no_gradient() -> None:
