@@ -2,10 +2,10 @@
 
     python benchmarks/equiformer.py --models 31M --batches 1 8 --json equiformer.json
 
-Structures are OC20-like slabs of 72 or 80 metal atoms with an adsorbate, rattled, 12 Å, 20 neighbours. Weights are random. Model time only:
-graphs are made before. Inference of the original sets `direct_forces`, without which its forward builds an autograd graph under `no_grad`
-too. A training step is forward and backward of an L1 loss on energy and forces, without an optimizer. Medians of single calls; memory is the
-peak that torch allocated. Forces of both are compared first.
+Structures are OC20-like slabs of 72 or 80 metal atoms with an adsorbate, rattled, 12 Å, 20 neighbours. Weights are random. Model time
+only: graphs are made before. Inference of the original sets `direct_forces`, without which its forward builds an autograd graph under
+`no_grad` too. A training step is forward and backward of an L1 loss on energy and forces, without an optimizer. Medians of single calls;
+memory is the peak that torch allocated. Forces of both are compared first.
 
 The original is measured where it can be imported (`pip install --no-deps fairchem-core==1.10.0`, and what its imports ask for); otherwise
 only ours is. Precisions: fp32 (TF32 off), tf32, bf16 (autocast).
@@ -264,9 +264,8 @@ def main() -> int:
             worse = row["ms"] > other["ms"] or row["GiB"] > other["GiB"]
             behind += worse
             cells = " ".join(str(row[key]) for key in keys)
-            print(
-                f"{cells}: {other['ms'] / row['ms']:.2f}x as fast, {row['GiB'] / other['GiB']:.2f} of the memory{'  BEHIND' if worse else ''}"
-            )
+            ratios = f"{other['ms'] / row['ms']:.2f}x as fast, {row['GiB'] / other['GiB']:.2f} of the memory"
+            print(f"{cells}: {ratios}{'  BEHIND' if worse else ''}")
     return 1 if behind else 0
 
 

@@ -107,7 +107,9 @@ class S2Activation(nn.Module):
 
     def forward(self, x: Float[Tensor, "n rows channels"]) -> Float[Tensor, "n rows channels"]:
         """Coefficients in, coefficients out."""
-        return self.grid.from_grid(nn.functional.silu(self.grid.to_grid(x)))
+        values = self.grid.to_grid(x)
+        # By far the largest tensor of a model: in inference one of them has to do.
+        return self.grid.from_grid(nn.functional.silu(values, inplace=not values.requires_grad))
 
 
 class SeparableS2Activation(S2Activation):
