@@ -3,9 +3,12 @@
     python benchmarks/parity.py ../shared/golden --require sevennet --save ours.npz
 
 DIR holds fixtures: a folder for each model, made by the original code. For SevenNet it has `structures.extxyz` and `outputs.npz`, and its
-name says which weights and which level of theory (`sevennet_0`, `sevennet_mf_0_pbe`, …). Graphs are matfound's own. What must hold:
+name says which weights and which level of theory (`sevennet_0`, `sevennet_mf_0_pbe`, …). For the Equiformers (`eqv2_*`, `eqv3_*`) it has
+`config.json` and `state_dict.pt`, which `matfound convert` reads as well, and folders beside it, `<model>_<case>`, have inputs, outputs and
+the frames that were drawn for the edges, which are fed. Graphs are matfound's own; only where neighbours at the same distance (1e-6 Å)
+compete for the last places, the stored edges are fed, and the row says so. What must hold:
 
-- edge counts and numbers of parameters are equal;
+- edges and numbers of parameters are equal;
 - float64: |ours - reference| ≤ 1e-9 · max(1, max|reference|);
 - float32: |ours - float64 reference| ≤ 4 · (the largest float32 - float64 difference of the reference itself) + 1e-6 · max|reference|.
 
@@ -18,9 +21,11 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -28,12 +33,18 @@ import torch
 
 from matfound import catalog, load
 from matfound.errors import InputError
-from matfound.graphs.neighbors import add_graphs
+from matfound.fields import MAIN_GRAPH
+from matfound.graphs.neighbors import add_graphs, edge_vectors
+from matfound.graphs.spec import GraphSpec
 from matfound.inference.predict import predict
 from matfound.inference.results import as_results
 from matfound.models import published
 from matfound.models.base import Potential
+from matfound.models.convert import fairchem
+from matfound.nn.so3.grid import GridWarning
+from matfound.nn.so3.rotation import frames_from_draw, frames_from_matrix
 from matfound.structures.ase import from_atoms
+from matfound.structures.atomic_data import AtomicData, collate
 
 DEFAULT = Path(os.environ.get("MATFOUND_DATA", Path(__file__).resolve().parents[2] / "shared")) / "golden"
 Arrays = dict[str, np.ndarray]
@@ -169,10 +180,172 @@ def _outputs(potential: Potential, frames: list[ase.Atoms], head: str | None) ->
     }
 
 
+# -------------------------------------------------------------------------------------------------------------- Equiformers
+
+
+@dataclass
+class Case:
+    """A folder of inputs and outputs."""
+
+    name: str
+    content: dict[str, Any]
+    batch: AtomicData
+    order: torch.Tensor
+    remark: str = ""
+
+
+def equiformer(folder: Path, computed: Arrays) -> Iterator[Row]:
+    """Raw outputs in float64 and float32, edges, and the number of parameters."""
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    state = torch.load(folder / "state_dict.pt", weights_only=True)
+    checkpoint = {"config": {"model": {"name": described["registry_name"], **described["config"]}}, "state_dict": state}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GridWarning)
+        potential = fairchem.convert(checkpoint).eval()
+    yield equal(folder.name, "parameters", sum(p.numel() for p in potential.parameters()), described["num_params"])
+    contents = {
+        path.parent.name: torch.load(path, weights_only=True)
+        for path in sorted(folder.parent.glob(f"{folder.name}_*/data.pt"))
+        if path.parent.name.removeprefix(f"{folder.name}_") in CASES
+    }
+    cases = []
+    for name, content in contents.items():
+        case = prepared(name, content, potential.graphs[MAIN_GRAPH])
+        if isinstance(case, Row):
+            yield case
+        else:
+            yield Row(name, "edges", 0.0, 0.0, case.remark)
+            cases.append(case)
+    for part in ("", "dens/"):
+        stored = {case.name: case.content["dens"] if part else case.content for case in cases if not part or "dens" in case.content}
+        spread: dict[str, float] = {}
+        for entry in stored.values():
+            for key, exact in entry["outputs_f64"].items():
+                found = float((entry["outputs_f32"][key].double() - exact).abs().max())
+                spread[key] = max(spread.get(key, 0.0), found)
+        for precision in ("f64", "f32"):
+            potential.to(torch.float64 if precision == "f64" else torch.float32)
+            for case in cases:
+                if case.name in stored:
+                    ours = raw_outputs(potential, case, precision, dens=bool(part))
+                    computed.update({f"{case.name}/{part}{key}_{precision}": array.numpy() for key, array in ours.items()})
+                    for row in judged(case.name, part, precision, ours, stored[case.name]["outputs_f64"], spread):
+                        if part and not torch.equal(*(noise_mask(case.content, of) for of in ("f32", "f64"))):
+                            row.status = row.status or "the reference has another noise mask in float64"
+                        yield row
+
+
+CASES = ("cu_slab_oh", "nacl", "ethanol", "batch3")
+
+
+def judged(
+    name: str, part: str, precision: str, ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], spread: dict[str, float]
+) -> Iterator[Row]:
+    """A row for each output of a case."""
+    for key, reference in exact.items():
+        label = f"{part}{key} {precision}"
+        if key not in ours:
+            yield Row(name, label, math.inf, 0.0, "not predicted", failed=True)
+            continue
+        size = largest(reference.numpy())
+        tolerance = 1e-9 * max(1.0, size) if precision == "f64" else 4 * spread[key] + 1e-6 * size
+        yield within(name, label, ours[key].numpy().reshape(reference.shape), reference.numpy(), tolerance)
+
+
+def prepared(name: str, content: dict[str, Any], spec: GraphSpec) -> Case | Row:
+    """Our graph of a case, and for each of our edges the stored one; a row where the edges are not the same for no reason."""
+    inputs, graph = content["inputs"], content["graph"]
+    ends = torch.cumsum(inputs["natoms"], 0).tolist()
+    samples = [
+        AtomicData(numbers=inputs["atomic_numbers"][a:b], pos=inputs["pos"][a:b].double(), cell=cell[None].double(), pbc=pbc[None])
+        for a, b, cell, pbc in zip([0, *ends[:-1]], ends, inputs["cell"], inputs["pbc"], strict=True)
+    ]
+    batch = collate([add_graphs(sample, {MAIN_GRAPH: spec}) for sample in samples])
+    ours = torch.cat([batch.edge_index, batch.edge_shift.T.to(torch.int64)]).T
+    theirs = torch.cat([graph["edge_index"], graph["cell_offsets"].round().T.to(torch.int64)]).T
+    place = {tuple(edge): n for n, edge in enumerate(theirs.tolist())}
+    order = [place.get(tuple(edge), -1) for edge in ours.tolist()]
+    if len(ours) == len(theirs) and -1 not in order:
+        return Case(name, content, batch, torch.tensor(order))
+    reason = tie(samples, spec, ours, theirs, batch, graph["edge_distance"])
+    if reason:
+        return Row(name, "edges", math.inf, 0.0, reason, failed=True)
+    index = torch.argsort(theirs[:, 1], stable=True)
+    batch.edge_index, batch.edge_shift = theirs[index, :2].T.contiguous(), theirs[index, 2:].to(batch.edge_shift.dtype)
+    batch.edge_perm = torch.argsort(batch.edge_index[0], stable=True)
+    return Case(name, content, batch, index, "a tie at the cut: the stored edges are fed")
+
+
+def tie(
+    samples: list[AtomicData], spec: GraphSpec, ours: torch.Tensor, theirs: torch.Tensor, batch: AtomicData, stored: torch.Tensor
+) -> str:
+    """Why the edges differ without a tie at the cut; empty if there is one for every atom whose edges differ."""
+    if len(ours) != len(theirs) or spec.max_neighbors is None:
+        return f"{len(ours)} edges, reference {len(theirs)}"
+    mine = torch.linalg.vector_norm(edge_vectors(batch), dim=1)
+    everything = collate([add_graphs(sample.clone(), {MAIN_GRAPH: GraphSpec(spec.cutoff)}) for sample in samples])
+    distances = torch.linalg.vector_norm(edge_vectors(everything), dim=1)
+    for atom in range(batch.num_nodes):
+        if {tuple(e) for e in ours[ours[:, 1] == atom].tolist()} == {tuple(e) for e in theirs[theirs[:, 1] == atom].tolist()}:
+            continue
+        both = [values.double().sort().values for values in (mine[ours[:, 1] == atom], stored[theirs[:, 1] == atom])]
+        if len(both[0]) != len(both[1]) or float((both[0] - both[1]).abs().max()) > 1e-4:
+            return f"atom {atom} has other neighbours, at other distances"
+        around = distances[everything.edge_index[1] == atom].sort().values
+        if float(around[spec.max_neighbors] - around[spec.max_neighbors - 1]) >= 1e-6:
+            return f"atom {atom} has other neighbours, and no tie at the cut"
+    return ""
+
+
+def noise_mask(content: dict[str, Any], precision: str) -> torch.Tensor:
+    """The atoms that noise has moved.
+
+    The fixtures of 2026-11-24 store one mask and had two: forces and mask were drawn with seed 7, and the mask in the type of the run, so
+    that the float64 outputs belong to another one. Where the stored mask is recognised as the draw in float32, that in float64 is drawn.
+    """
+    dens, moved = content["dens"], content["dens"]["dens_batch_mask"][content["inputs"]["batch"]]
+    generator = torch.Generator().manual_seed(7)
+    forces = 0.3 * torch.randn(dens["forces"].shape, generator=generator)
+    state, drawn = generator.get_state(), torch.rand(len(moved), generator=generator) < 0.5
+    if precision == "f32" or not (torch.equal(forces, dens["forces"]) and torch.equal(drawn & moved, dens["noise_mask"])):
+        return dens["noise_mask"] & moved
+    generator.set_state(state)
+    return moved & (torch.rand(len(moved), generator=generator, dtype=torch.float64) < 0.5)
+
+
+def raw_outputs(potential: Potential, case: Case, precision: str, *, dens: bool) -> dict[str, torch.Tensor]:
+    """What the original's heads give, in its units, with the drawn frames; with `dens` for denoising."""
+    batch, content = case.batch.clone(), case.content
+    if "edge_rand" in content:
+        draw = content["edge_rand"][case.order]
+        potential.backbone.frames = lambda vectors: frames_from_draw(vectors, draw)  # type: ignore[assignment]
+    else:
+        saved = frames_from_matrix(content["edge_rot_mat"][case.order])
+        potential.backbone.frames = lambda vectors: saved  # type: ignore[assignment]
+    moved = torch.zeros(batch.num_nodes, dtype=torch.bool)
+    if dens:
+        noisy, moved = content["dens"]["dens_batch_mask"], noise_mask(content, precision)
+        batch.given_forces = torch.where(moved[:, None], content["dens"]["forces"].double(), torch.nan)
+    found = potential(batch)
+    outputs = {"energy": found["energy"], "forces": found["forces"]}
+    if dens:
+        outputs["forces"] = torch.where(moved[:, None], found["noise"] / potential.heads["noise"].sigma, found["forces"])
+    if "stress" in found:
+        stress = found["stress"] if not dens else torch.where(noisy[:, None, None], 0.0, found["stress"])
+        xx, yy, zz = stress.diagonal(dim1=1, dim2=2).unbind(1)
+        outputs["stress"] = stress.flatten(1)
+        outputs["stress_isotropic"] = ((xx + yy + zz) / 3**0.5).unsqueeze(1)
+        off = [2**0.5 * stress[:, a, b] for a, b in ((0, 2), (0, 1), (1, 2))]
+        spread = [off[0], off[1], (2 * yy - xx - zz) / 6**0.5, off[2], (zz - xx) / 2**0.5]
+        outputs["stress_anisotropic"] = torch.stack(spread, dim=1)
+    known = content["dens" if dens else "outputs_f64"]
+    return {key: value for key, value in outputs.items() if key in (known["outputs_f64"] if dens else known)}
+
+
 # --------------------------------------------------------------------------------------------------------------------- all
 
 #: How the names of a family's folders start, to what compares one of them. A folder that none takes is "not built".
-FAMILIES: dict[str, Callable[[Path, Arrays], Iterator[Row]]] = {"sevennet_": sevennet}
+FAMILIES: dict[str, Callable[[Path, Arrays], Iterator[Row]]] = {"sevennet_": sevennet, "eqv2_": equiformer, "eqv3_": equiformer}
 
 
 def fixtures(root: Path) -> list[Path]:

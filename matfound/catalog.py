@@ -189,18 +189,41 @@ class WeightsCard(_Card):
     datasets: list[str] = Field(default_factory=list, description="names for the vocabulary where the file has none")
 
 
+class DownloadedWeightsCard(_Card):
+    """Where published weights are that users download themselves: they are too large for a package, or their terms want a consent."""
+
+    format: Literal["fairchem"] = Field(description="adapter in matfound.models.convert")
+    url: str = Field(pattern=r"^https://")
+    file: str = Field(pattern=r"^[^/]+$", description="name under which the file is looked for")
+    bytes: int | None = Field(None, gt=0, description="where it is known")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="where it is published")
+    licence: str
+    page: str = Field("", pattern=r"^(https://.*)?$", description="where it is described")
+    terms: str = Field("", description="what has to be done before the download, e.g. a consent, and where")
+    datasets: list[str] = Field(default_factory=list, description="names for the vocabulary")
+
+
+class HeadCard(_Card):
+    """One head of a model."""
+
+    class_path: str
+    init_args: dict[str, Any] = Field(default_factory=dict)
+
+
 class ModelCard(_Card):
     """`models/<family>/<size>.yaml`: what to build, and what is known about the result."""
 
     class_path: str
     init_args: dict[str, Any]
+    heads: dict[str, HeadCard] = Field(default_factory=dict, description="of families that have heads of their own")
     description: str
     parameters: int | None = Field(None, gt=0, description="trainable parameters")
     licence: str = ""
     references: list[str] = Field(default_factory=list, description="papers, as DOI or arXiv number")
     trained_on: list[str] = Field(default_factory=list)
     levels_of_theory: dict[str, str] = Field(default_factory=dict, description="of each dataset in the vocabulary")
-    published: WeightsCard | None = Field(None, description="published weights, if matfound reads them")
+    published: WeightsCard | None = Field(None, description="published weights in a PyPI package, if matfound reads them")
+    download: DownloadedWeightsCard | None = Field(None, description="published weights elsewhere, if matfound reads them")
     scores: dict[str, dict[str, float]] = Field(default_factory=dict, description="published scores: benchmark, metric, value")
     scores_source: str = Field("", description="where the scores are from, and when")
     known_weaknesses: list[str] = Field(default_factory=list)
@@ -311,7 +334,8 @@ C = TypeVar("C", bound=_Card)
 @functools.cache
 def _keys(card: type[BaseModel]) -> set[str]:
     known: set[str] = set(card.model_fields)
-    for nested in (LabelCard, DataFile, SplitCard, DownloadPart, DownloadCard) if card is DatasetCard else (WeightsCard,):
+    of_datasets = (LabelCard, DataFile, SplitCard, DownloadPart, DownloadCard)
+    for nested in of_datasets if card is DatasetCard else (WeightsCard, DownloadedWeightsCard, HeadCard):
         known |= set(nested.model_fields)
     return known
 

@@ -98,6 +98,8 @@ FIELDS: dict[str, Field] = _table(
     Field("implicit_hydrogens", "atom", "int64", description="hydrogens that a molecule from SMILES does not list as atoms"),
     Field("dataset", "system", "int64", description="index into the checkpoint's dataset vocabulary (level of theory)"),
     Field("head", "system", "str", ase_key="head", description="level of theory that a structure asks for, by its name in the vocabulary"),
+    Field("given_forces", "atom", shape=(3,), unit="eV/Å", irreps="1o",
+          description="forces that a model is told, of atoms that noise has moved (denoising)"),
     Field("id", "system", "str", ase_key="frame_id", description="name of the frame in its source"),
     Field("config_type", "system", "str", ase_key="config_type", description="kind of frame, for error tables"),
     # Graphs; `edge_index@name` and so on for a backbone's further graphs.
@@ -107,6 +109,7 @@ FIELDS: dict[str, Field] = _table(
     # Labels.
     Field("energy", "system", unit="eV", irreps="0e", label=True, ase_key="energy", description="potential energy"),
     Field("forces", "atom", shape=(3,), unit="eV/Å", irreps="1o", label=True, ase_key="forces", description="-dE/dpos"),
+    Field("noise", "atom", shape=(3,), unit="Å", irreps="1o", label=True, description="how far noise has moved an atom (denoising)"),
     Field("stress", "system", shape=(3, 3), unit="eV/Å^3", irreps="0e+2e", label=True, ase_key="stress",
           description="(1/V) dE/dstrain, positive in tension"),
     Field("dipole", "system", shape=(3,), unit="e*Å", irreps="1o", label=True, ase_key="dipole", description="electric dipole"),

@@ -1,5 +1,6 @@
 """Every recipe in the repository, and every overlay on top of one, is understood as it stands."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ from matfound.cli.main import main
 REPO = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
 OVERLAYS = sorted((REPO / "recipes/overlays").glob("*.yaml"))
-#: Each recipe by itself, each overlay on top of the first recipe.
-CHOICES = [(recipe,) for recipe in RECIPES] + [(RECIPES[0], overlay) for overlay in OVERLAYS]
+
+
+def example(overlay: Path) -> Path:
+    """The recipe that the command in an overlay's text is for."""
+    found = re.search(r"matfound fit --config recipes/(\w+\.yaml)", overlay.read_text(encoding="utf-8"))
+    assert found is not None
+    return REPO / "recipes" / found[1]
+
+
+#: Each recipe by itself, each overlay on top of the recipe that it names.
+CHOICES = [(recipe,) for recipe in RECIPES] + [(example(overlay), overlay) for overlay in OVERLAYS]
 
 
 def parsed(capsys: pytest.CaptureFixture[str], *configs: Path) -> dict[str, Any]:

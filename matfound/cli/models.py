@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from matfound.errors import InputError
 
 if TYPE_CHECKING:
-    from matfound.catalog import ModelCard, WeightsCard
+    from matfound.catalog import DownloadedWeightsCard, ModelCard, WeightsCard
     from matfound.models.base import Potential
 
 #: The benchmark whose scores `models ls` shows, and which of them.
@@ -45,11 +45,15 @@ def add_parser(verbs: Any) -> None:
         "convert",
         help="checkpoints of other projects",
         description="Turn a checkpoint of another project into a folder of matfound. The file is read by a restricted unpickler: it cannot "
-        "run code. Formats: SevenNet (.pth); MACE, exported as the documentation of matfound.models.convert.mace says.",
+        "run code. Formats: SevenNet (.pth); MACE, exported as the documentation of matfound.models.convert.mace says; EquiformerV2 "
+        "and V3 of fairchem 1.x and its forks (.pt).",
     )
     convert.add_argument("file", metavar="FILE", help="a checkpoint, or the name of a published potential")
     convert.add_argument("out", metavar="OUT", help="folder to write; it must not exist, or be empty")
     convert.add_argument("--datasets", metavar="A,B", help="names for the levels of theory, where the file has none")
+    convert.add_argument(
+        "--no-ema", action="store_true", help="of fairchem's files that have both, take the last weights, not the averaged ones (EMA)"
+    )
     convert.set_defaults(action=_convert)
 
 
@@ -85,7 +89,15 @@ def _row(full: str) -> dict[str, Any]:
     scores = card.scores.get(BENCHMARK, {})
     row: dict[str, Any] = {"name": name, "parameters": card.parameters, "licence": card.licence}
     row |= {"heads": ", ".join(card.levels_of_theory)} | {score: _number(scores.get(score)) for score in SCORES}
+    if card.download is not None:
+        return row | {"weights": _state_of_download(card.download)}
     return row | {"weights": "not published" if card.published is None else _state(name, card.published)}
+
+
+def _state_of_download(weights: "DownloadedWeightsCard") -> str:
+    from matfound.models import downloaded
+
+    return "not here (to download)" if (file := downloaded.find(weights)) is None else f"in {file.parent}"
 
 
 def _number(score: float | None) -> str | None:
@@ -148,6 +160,9 @@ def _page(full: str, card: "ModelCard") -> Any:
     parts += bullets("References", card.references)
     if card.published is not None:
         parts += section("Weights", _weights(name, card.published))
+    if card.download is not None:
+        parts += section("Weights", _download(name, card.download))
+    if card.published is not None or card.download is not None:
         parts += section("Use", _use(name, list(card.levels_of_theory)))
     return Group(*parts)
 
@@ -197,12 +212,27 @@ def _weights(name: str, weights: "WeightsCard") -> list[tuple[str, str]]:
     ]
 
 
+def _download(name: str, weights: "DownloadedWeightsCard") -> list[tuple[str, str]]:
+    from matfound.models import downloaded
+
+    return [
+        ("file", weights.file + (f", {weights.bytes:,} bytes" if weights.bytes else "")),
+        ("sha256", weights.sha256 or "not published"),
+        ("licence", weights.licence),
+        ("state", _state_of_download(weights)),
+        ("to get them", f'{downloaded.how_to_get(weights)}; then matfound.load("{name}") converts and caches it'),
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------------------- fetch
 
 
 def _fetch(args: argparse.Namespace) -> int:
+    from matfound import catalog
     from matfound.models import checkpoint, published
 
+    if (download_card := catalog.model(catalog.model_name(args.name)).download) is not None:
+        return _fetch_downloaded(args, download_card)
     name, _, weights = published.card(args.name)
     folder = published.cached(name, weights.sha256)
     out = None if args.out is None else _new_folder(args.out)
@@ -225,6 +255,24 @@ def _fetch(args: argparse.Namespace) -> int:
     elif not there:
         print(plan)
     print(f"written to {published.fetch(name, out)} (licence: {weights.licence})")
+    return 0
+
+
+def _fetch_downloaded(args: argparse.Namespace, weights: "DownloadedWeightsCard") -> int:
+    """Weights that are not ours to download: convert the file, if the user has it."""
+    from matfound import catalog
+    from matfound.models import checkpoint, downloaded
+
+    name = catalog.model_name(args.name).rpartition("/")[2]
+    file = downloaded.find(weights)
+    if args.dry_run:
+        print(f"would convert {file}" if file else f"not here; {downloaded.how_to_get(weights)}")
+        return 0
+    out = None if args.out is None else _new_folder(args.out)
+    potential = downloaded.load(name, catalog.model(name), weights)
+    if out is not None:
+        checkpoint.save(potential, out, downloaded.front_matter(name, catalog.model(name), weights))
+    print(f"{file} is converted" + (f" and written to {out}" if out else "") + f" (licence: {weights.licence})")
     return 0
 
 
@@ -263,7 +311,8 @@ def _new_folder(text: str) -> Path:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from matfound.models import checkpoint, published
+    from matfound import catalog
+    from matfound.models import checkpoint, downloaded, published
 
     out = _new_folder(args.out)
     datasets = [name.strip() for name in args.datasets.split(",") if name.strip()] if args.datasets else []
@@ -272,13 +321,17 @@ def _convert(args: argparse.Namespace) -> int:
             raise InputError("--datasets names the levels of theory of a file; a published potential has its own", remedy="leave it out")
         name, card, _ = published.card(args.file)
         potential, front = published.load(name), published.front_matter(name, card)
+    elif not Path(args.file).exists() and args.file.lower() in downloaded.names():
+        name, card = args.file.lower(), catalog.model(args.file)
+        assert card.download is not None
+        potential, front = published.load(name), downloaded.front_matter(name, card, card.download)
     else:
-        potential, front = _convert_file(Path(args.file), datasets)
+        potential, front = _convert_file(Path(args.file), datasets, ema=not args.no_ema)
     _print_converted(potential, args.file, checkpoint.save(potential, out, front))
     return 0
 
 
-def _convert_file(file: Path, datasets: list[str]) -> "tuple[Potential, dict[str, object]]":
+def _convert_file(file: Path, datasets: list[str], *, ema: bool) -> "tuple[Potential, dict[str, object]]":
     """A file that a card describes gets that card's names and licence."""
     from matfound.models import published
     from matfound.models.convert import convert
@@ -291,7 +344,7 @@ def _convert_file(file: Path, datasets: list[str]) -> "tuple[Potential, dict[str
     for name, card, weights in map(published.card, published.names()):
         if digest == weights.sha256:
             return convert(file, datasets or weights.datasets, weights.licence), published.front_matter(name, card)
-    return convert(file, datasets), {"model_name": file.stem, "base_model": file.name}
+    return convert(file, datasets, ema=ema), {"model_name": file.stem, "base_model": file.name}
 
 
 def _print_converted(potential: "Potential", source: str, folder: Path) -> None:

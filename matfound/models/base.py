@@ -54,7 +54,8 @@ class Potential(Configurable):
                 if output in seen:
                     raise InputError(f"heads '{seen[output]}' and '{name}' both predict '{output}'")
                 seen[output] = name
-            head.bind(backbone.channels, len(self.datasets))
+            head.attach(backbone, len(self.datasets))
+        backbone.differentiated = self.conservative
 
     @property
     def graphs(self) -> dict[str, GraphSpec]:

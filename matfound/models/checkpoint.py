@@ -100,7 +100,8 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", d
     """The potential of a checkpoint folder, or of published weights by their name, ready for inference.
 
     Args:
-        model: the folder; where there is none of that name, a published model such as "sevennet-0" (see `matfound.models.published`).
+        model: the folder; where there is none of that name, a published model such as "sevennet-0" (see `matfound.models.published`),
+            or an address on the Hugging Face Hub, "hf://OWNER/NAME" (see `matfound.models.downloaded`).
         device: where to put it.
         dtype: float32 or float64 for the weights; None keeps the stored type. References stay float64.
 
@@ -108,10 +109,10 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", d
         InputError: not a checkpoint, damaged, or of a newer format; names the file and the remedy.
     """
     name = os.fspath(model)
-    if not Path(model).exists() and _is_published(name):
-        from matfound.models import published
+    if not Path(model).exists() and (_is_published(name) or name.startswith("hf://")):
+        from matfound.models import downloaded, published
 
-        potential = published.load(name)
+        potential = downloaded.from_hub(name) if name.startswith(downloaded.HUB) else published.load(name)
         return potential.to(device=device, dtype=None if dtype is None else as_dtype(dtype))
     folder = _find(model)
     config, state = _read(folder)

@@ -82,11 +82,16 @@ def how_to_get(weights: WeightsCard) -> str:
 
 
 def load(name: str) -> Potential:
-    """A published model: from the cache, else converted from the installed package and cached.
+    """A published model: from the cache, else converted from the installed package, or from the file that was downloaded, and cached.
 
     Raises:
         InputError: no such model; the package is not installed (says how to get it, its size and licence), or its file cannot be read.
     """
+    full = catalog.model_name(name)
+    if (download := (found := catalog.model(full)).download) is not None:
+        from matfound.models import downloaded  # which needs what is here
+
+        return downloaded.load(full.rpartition("/")[2], found, download)
     short, model, weights = card(name)
     file = installed(weights)
     if file is None:

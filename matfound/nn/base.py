@@ -113,8 +113,11 @@ class Backbone(Configurable):
     """Structure in, features out.
 
     Subclasses set: `graphs`, which the datamodule and the calculator build for it; `symmetry`; `continuity`, the number of continuous
-    derivatives of the energy when an atom crosses the cutoff; `channels`, the width of `NodeFeatures.scalars`; `elements`, the atomic
-    numbers that it can take.
+    derivatives of the energy when an atom crosses the cutoff, -1 where it jumps; `channels`, the width of `NodeFeatures.scalars`;
+    `elements`, the atomic numbers that it can take.
+
+    `differentiated` is set by `Potential`: whether a head differentiates the energy by the edge vectors. A backbone may save the work
+    where none does.
     """
 
     graphs: dict[str, GraphSpec]
@@ -122,6 +125,7 @@ class Backbone(Configurable):
     continuity: int = 0
     channels: int
     elements: frozenset[int] = frozenset(range(1, 119))
+    differentiated: bool = True
 
     def forward(self, batch: AtomicData) -> NodeFeatures:
         raise NotImplementedError
@@ -143,8 +147,12 @@ class Head(Configurable):
     outputs: tuple[str, ...] = ()
     conservative: bool = False
 
+    def attach(self, backbone: Backbone, datasets: int) -> None:
+        """Make the parameters for a backbone and a vocabulary of datasets; `Potential` calls this once. Heads of one family override it."""
+        self.bind(backbone.channels, datasets)
+
     def bind(self, channels: int, datasets: int) -> None:
-        """Make the parameters for a backbone's width and a vocabulary of datasets; `Potential` calls this once."""
+        """The same, for heads that need to know the backbone's width only."""
 
     def grown(self, parent: int) -> dict[str, Any]:
         """As `Backbone.grown`."""

@@ -36,6 +36,44 @@ class Float64Buffers(nn.Module):
         return self
 
 
+class EnergyTable(Float64Buffers):
+    """Scale, shift and references of energies that were trained as a sum over atoms divided by a constant (fairchem's convention):
+
+        E = scale[d] · Σ_i out_i / avg_atoms + shift[d] + Σ_i reference[d, z_i]
+
+    Args:
+        datasets: size of the vocabulary.
+        avg_atoms: mean number of atoms of the structures that it was trained on.
+    """
+
+    def __init__(self, datasets: int, avg_atoms: float = 1.0) -> None:
+        super().__init__(scale=torch.ones(datasets), shift=torch.zeros(datasets), reference=torch.full((datasets, 119), torch.nan))
+        self.avg_atoms = avg_atoms
+
+    def energies(self, out: Float[Tensor, " atoms"], batch: AtomicData) -> Float[Tensor, " atoms"]:
+        """The part of each atom in eV, float64; of the shift each atom of a structure has the same part."""
+        dataset = atom_dataset(batch)
+        share = self.shift[dataset] / batch.natoms[batch.batch]
+        return self.scale[dataset] / self.avg_atoms * out.double() + share + self.reference[dataset, batch.numbers]
+
+    def elements(self, dataset: int) -> set[int]:
+        """Elements with a reference energy in the dataset."""
+        return set(torch.nonzero(~torch.isnan(self.reference[dataset])).flatten().tolist())
+
+    def fit(self, statistics: Statistics) -> None:
+        """References from the statistics; the scale is such that an output of 1 of an atom is the data's force, or energy per atom."""
+        self.reference.copy_(statistics.references)
+        self.shift.zero_()
+        self.scale.copy_(self.avg_atoms * force_scale(statistics))
+
+
+def force_scale(statistics: Statistics) -> Float[Tensor, " datasets"]:
+    """Root mean square of the forces of each dataset, or else of its energies per atom; 1 where that is 0 or absent."""
+    rms = statistics.rms.get("forces", torch.full((len(statistics.datasets),), torch.nan))
+    rms = torch.where(torch.isnan(rms), statistics.rms.get("energy", torch.ones_like(rms)), rms)
+    return torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
 class Readout(nn.Module):
     """A bias-free multilayer perceptron on invariant features whose last layer exists once for each dataset.
 
@@ -336,9 +374,7 @@ class EnergyHead(Head):
 
     def fit_scales(self, statistics: Statistics) -> None:
         self.table.reference.copy_(statistics.references)
-        rms = statistics.rms.get("forces", torch.full((len(statistics.datasets),), torch.nan))
-        rms = torch.where(torch.isnan(rms), statistics.rms["energy"], rms)
-        self.table.scale.copy_(torch.where(rms > 0, rms, torch.ones_like(rms)).unsqueeze(1).expand(-1, 119))
+        self.table.scale.copy_(force_scale(statistics).unsqueeze(1).expand(-1, 119))
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
         """`energy` (systems,), `energies` (atoms,), `forces` (atoms, 3), `stress` (systems, 3, 3); all float64."""

@@ -35,6 +35,27 @@ class BesselBasis(nn.Module):
         return torch.sin(r.unsqueeze(1) * self.frequencies) * scale.unsqueeze(1)
 
 
+class GaussianBasis(nn.Module):
+    """exp(-(r - μ_n)² / (2 σ²)), μ_n evenly spaced from 0 to the cutoff, σ = width · spacing (SchNet, arXiv:1706.08566, eq. 5).
+
+    Args:
+        cutoff: in Å.
+        num: number of functions, at least 2.
+        width: σ in units of the spacing.
+    """
+
+    def __init__(self, cutoff: float, num: int, width: float = 2.0) -> None:
+        super().__init__()
+        self.cutoff, self.num = cutoff, num
+        self.spacing = cutoff / (num - 1)
+        self.coefficient = -0.5 / (width * self.spacing) ** 2
+
+    def forward(self, r: Float[Tensor, " edges"]) -> Float[Tensor, "edges num"]:
+        """Basis at distances r in Å."""
+        centres = torch.linspace(0, self.cutoff, self.num, dtype=r.dtype, device=r.device)
+        return torch.exp(self.coefficient * (r.unsqueeze(1) - centres).square())
+
+
 class RadialMLP(nn.Module):
     """a ← act(a W / √in) for the hidden layers, a W / √in for the last; no biases, so that 0 stays 0 at the cutoff.
 

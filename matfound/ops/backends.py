@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from matfound.errors import InputError, nearest
-from matfound.ops import gaunt, symmetric_contraction
+from matfound.ops import gaunt, so2, symmetric_contraction
 from matfound.ops.cuda import compiler
 from matfound.ops.tensor_product import cpu, cuda, reference
 
@@ -20,6 +20,9 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("tensor_product_gather_sum", "cpu"): cpu.gather_sum,
     ("tensor_product_gather_sum", "cuda"): cuda.gather_sum,
     ("symmetric_contraction", "reference"): symmetric_contraction.reference,
+    ("so2_rotate", "reference"): so2.rotate,
+    ("so2_linear", "reference"): so2.linear,
+    ("so2_rotate_back", "reference"): so2.rotate_back,
     ("gaunt_product", "reference"): gaunt.reference,
     ("gaunt_product", "grid"): gaunt.grid,
     ("gaunt_product", "fourier"): gaunt.fourier,

@@ -4,6 +4,7 @@ Losses are exact over several processes: a target's loss is the sum of its terms
 gradients are those of one process with all the structures in one batch.
 """
 
+import fnmatch
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from matfound.errors import InputError, nearest
 from matfound.models.base import Potential, Statistics
 from matfound.nn.heads import BinaryHead, ClassHead, Float64Buffers
 from matfound.structures.atomic_data import AtomicData
+from matfound.tasks.denoising import Denoising
 from matfound.tasks.losses import Total
 from matfound.tasks.metrics import ColumnSums, TargetMetrics
 from matfound.tasks.ranks import add_up, first_error, touched, world_size
@@ -53,6 +55,8 @@ class MultiTask(LightningModule):
             fine-tuning, shifts only the references, to the level of theory of the data (see `matfound.tasks.references`).
         isolated_atoms: for "references": energies of isolated atoms by element, eV, where the data have them.
         refit: for "references": only these datasets. Default: all of the training data.
+        denoising: move atoms in training, for the target "noise".
+        no_decay: names of parameters without weight decay; * stands for anything, as in "*.bias".
         compile: compile the model with forces and stress inside (`Potential.compile`); the second step then takes up to minutes longer.
             Where torch cannot, a warning says so, and the model runs as it is.
 
@@ -69,6 +73,8 @@ class MultiTask(LightningModule):
         fit_scales: bool | Literal["references"] = True,
         isolated_atoms: dict[str, float] | None = None,
         refit: list[str] | None = None,
+        denoising: Denoising | None = None,
+        no_decay: list[str] | None = None,
         compile: bool = False,  # noqa: A002 - torch's word for it
     ) -> None:
         super().__init__()
@@ -92,6 +98,9 @@ class MultiTask(LightningModule):
             if target.field in (other.field for other in targets[:i]):
                 raise InputError(f"two targets have the field '{target.field}'", remedy="keep one of them")
         wanted = {target.field for target in targets}
+        if ("noise" in wanted) != (denoising is not None):
+            raise InputError("the target 'noise' and model.denoising go together", remedy="set both, or neither")
+        self.denoising, self.no_decay = denoising, no_decay or []
         idle = [name for name, head in potential.heads.items() if not wanted & set(head.outputs)]  # type: ignore[arg-type]
         idle = [f"potential.heads.{head}.{name}" for head in idle for name, _ in potential.heads[head].named_parameters()]
         #: `DistributedDataParallel` reads it: parameters that get no gradients.
@@ -137,6 +146,8 @@ class MultiTask(LightningModule):
                 size = statistics.spread(target.field) if group else statistics.rms[target.field]
                 otherwise = self._least_spread(statistics) if target.per_atom else torch.ones_like(size)
                 getattr(self.scales, target.field).copy_(torch.where(size > 0, size, otherwise))
+        if self.denoising is not None:
+            self.scales.noise.fill_(self.denoising.sigma)
 
     @staticmethod
     def _least_spread(statistics: Statistics) -> Tensor:
@@ -196,6 +207,8 @@ class MultiTask(LightningModule):
         """
         if not batch.num_systems:
             return {}
+        if stage == "train" and self.denoising is not None:
+            batch = self.denoising.apply(batch, self.potential.graphs, self.global_step, self.global_rank)
         predictions = self.potential(batch)
         seen = None if stage == "train" else self._seen(batch, stage)
         totals: dict[str, Total] = {}
@@ -301,7 +314,7 @@ class MultiTask(LightningModule):
             InputError: they refuse their arguments, or the schedule depends on a length that the run does not have.
         """
         try:
-            optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+            optimizer = self.make_optimizer(self._groups())
             scheduler = None if self.make_scheduler is None else self.make_scheduler(optimizer)
         except (ValueError, TypeError) as error:
             raise InputError(f"the optimizer or its schedule cannot be made: {error}", remedy="check model.optimizer") from error
@@ -314,6 +327,18 @@ class MultiTask(LightningModule):
         if hasattr(scheduler, "set_total_steps"):
             scheduler.set_total_steps(self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[Any]:
+        """The parameters to train; in two groups where some have no weight decay."""
+        named = {name: p for name, p in self.potential.named_parameters() if p.requires_grad}
+        kept = {name for pattern in self.no_decay for name in fnmatch.filter(named, pattern)}
+        for pattern in self.no_decay:
+            if not fnmatch.filter(named, pattern):
+                raise InputError(f"model.no_decay: no parameter is named '{pattern}'", remedy=nearest(pattern, named))
+        if not kept:
+            return list(named.values())
+        groups = [[p for name, p in named.items() if (name in kept) == without] for without in (False, True)]
+        return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; from the first epoch's batches, so that a resumed run gets the same number.

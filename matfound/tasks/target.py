@@ -38,6 +38,7 @@ class Target:
         normalize: divide errors by the label's root mean square in each dataset (in a group by each column's standard deviation), so that
             weights of different quantities compare.
         delta: where "huber" turns linear, after normalisation.
+        free_atoms: of atoms, leave out those that were fixed in the calculation (OC20's rule for forces).
     """
 
     field: str
@@ -46,6 +47,7 @@ class Target:
     metrics: Sequence[Metric] | None = None
     normalize: bool = True
     delta: float = 0.1
+    free_atoms: bool = False
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -73,6 +75,8 @@ class Target:
             raise InputError(f"'{self.field}' is not a label", remedy=nearest(self.field, [n for n, f in fields.FIELDS.items() if f.label]))
         if known.level not in ("system", "atom"):
             raise InputError(f"target '{self.field}' belongs to each {known.level}; only labels of systems and atoms can be learnt")
+        if self.free_atoms and known.level != "atom":
+            raise self._error(f"free_atoms is for labels of atoms; this one belongs to each {known.level}")
         classes = known.dtype == "int64"
         if classes != (self.loss in CLASS_LOSSES):
             wanted = "use cross_entropy, or bce for labels 0 and 1" if classes else "use one of " + ", ".join(REGRESSION_LOSSES)
@@ -121,6 +125,8 @@ class Target:
         there = present_rows(label)
         if self.field == "stress":
             there = there & batch.pbc.any(dim=1) & (torch.linalg.det(batch.cell) != 0)
+        if self.free_atoms and "fixed" in batch:
+            there = there & (batch.fixed != 1)
         system, label, rows = system[there], label[there], prediction[there].double()
         if self.per_atom:
             count = batch.natoms[system].clamp(min=1)

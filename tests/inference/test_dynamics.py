@@ -11,18 +11,32 @@ from ase.md.verlet import VelocityVerlet
 
 from matfound import Calculator
 from matfound.models.base import Potential, Statistics
+from matfound.models.equiformer_v3 import EquiformerV3
+from matfound.models.equiformer_v3_heads import EquiformerV3Energy
 from matfound.models.nequip import NequIP
 from matfound.nn.heads import EnergyHead
 from matfound.testing import random_crystal
 
 
-@pytest.fixture(scope="module")
-def calculator() -> Calculator:
+def nequip() -> tuple[Potential, float]:
+    potential = Potential(NequIP(cutoff=3.5, num_layers=2, irreps="8x0e+4x1o", lmax=1, radial_hidden=(8,)), {"energy": EnergyHead((8,))})
+    return potential, 0.5
+
+
+def equiformer() -> tuple[Potential, float]:
+    sizes = {"lmax": 1, "mmax": 1, "channels": 8, "heads": 2, "attention_hidden": 4, "alpha_channels": 4, "value_channels": 4}
+    others = {"num_layers": 1, "ffn_hidden": 8, "edge_channels": 8, "num_basis": 8, "attention_grid": (4, 4), "ffn_grid": (4, 4)}
+    backbone = EquiformerV3(cutoff=3.5, max_neighbors=None, avg_neighbors=5.0, **sizes, **others)
+    return Potential(backbone, {"energy": EquiformerV3Energy()}), 40.0
+
+
+@pytest.fixture(scope="module", params=[nequip, equiformer])
+def calculator(request: pytest.FixtureRequest) -> Calculator:
     """An untrained network is as smooth as a trained one; its scale gives forces of some eV/Å."""
     torch.manual_seed(1)
-    potential = Potential(NequIP(cutoff=3.5, num_layers=2, irreps="8x0e+4x1o", lmax=1, radial_hidden=(8,)), {"energy": EnergyHead((8,))})
+    potential, scale = request.param()
     references = torch.zeros(1, 119, dtype=torch.float64)
-    spread = torch.full((1,), 0.5, dtype=torch.float64)
+    spread = torch.full((1,), scale, dtype=torch.float64)
     potential.fit_scales(Statistics(["default"], references, {"energy": spread, "forces": spread}, {}, {"main": 12.0}))
     return Calculator(potential, dtype="float64")
 

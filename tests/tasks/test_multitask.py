@@ -410,3 +410,14 @@ def test_a_finished_model_is_trained_on(potential):
     potential.backbone.requires_grad_(False)  # a user's own choice stays
     module = MultiTask(potential, [target("energy")])
     assert not any(parameter.requires_grad for parameter in module.potential.backbone.parameters())
+
+
+def test_parameters_without_weight_decay(make):
+    module = make(target("energy"), no_decay=["heads.energy.*"], optimizer=lambda groups: torch.optim.AdamW(groups, weight_decay=0.1))
+    decayed, kept = module.configure_optimizers().param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    expected = {id(p) for name, p in module.potential.named_parameters() if name.startswith("heads.energy.")}
+    assert {id(p) for p in kept["params"]} == expected
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(module.potential.parameters()))
+    with pytest.raises(InputError, match="no parameter is named 'heads.enrgy"):
+        make(target("energy"), no_decay=["heads.enrgy.*"]).configure_optimizers()

@@ -145,6 +145,18 @@ def test_some_structures_of_a_comparison(batch):
     assert comparison.label.tolist() == [0, 0.5, 2, 2.5] and comparison.prediction.tolist() == [0, 1, 4, 5]
 
 
+def test_fixed_atoms_can_be_left_out(batch):
+    forces = torch.ones(3, 3, dtype=torch.float64)
+    data = batch(("water", {"forces": forces, "fixed": torch.tensor([0, 1, 0])}), ("water", {"forces": 2 * forces}))
+    prediction = {"forces": torch.zeros(6, 3, dtype=torch.float64)}
+    assert Target("forces").compare(prediction, data).system.tolist() == [0, 0, 0, 1, 1, 1]
+    free = Target("forces", free_atoms=True).compare(prediction, data)
+    assert free.system.tolist() == [0, 0, 1, 1, 1]
+    assert free.label[:, 0].tolist() == [1, 1, 2, 2, 2]
+    free = Target("forces", free_atoms=True).compare({"forces": torch.zeros(3, 3)}, batch(("water", {"forces": forces})))
+    assert len(free.label) == 3
+
+
 def test_defaults():
     assert Target("energy").metrics == ("mae",)
     assert Target("phase", loss="cross_entropy").metrics == ("accuracy",)
@@ -165,6 +177,7 @@ def test_defaults():
         ({"field": "gap", "weight": -1.0}, "the weight must be a number that is not negative, received -1.0"),
         ({"field": "gap", "weight": NAN}, "the weight must be a number"),
         ({"field": "gap", "delta": 0.0}, "delta must be positive"),
+        ({"field": "energy", "free_atoms": True}, "free_atoms is for labels of atoms; this one belongs to each system"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch):

@@ -7,19 +7,21 @@ from typing import Any
 from matfound import unpickle
 from matfound.errors import InputError
 from matfound.models.base import Potential
-from matfound.models.convert import mace, sevennet
+from matfound.models.convert import fairchem, mace, sevennet
 
 #: Raised when a conversion changes, so that cached copies are made anew.
 CONVERTER_VERSION = 1
 
 
-def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence: str = "") -> Potential:
+def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence: str = "", *, ema: bool = True) -> Potential:
     """The potential of a foreign checkpoint, which is recognised by its content.
 
     Args:
-        file: a SevenNet checkpoint (`torch.save`, ending in .pth), or a MACE model exported as `matfound.models.convert.mace` says.
+        file: a SevenNet checkpoint (`torch.save`, ending in .pth), a MACE model exported as `matfound.models.convert.mace` says, or a
+            checkpoint of fairchem 1.x or of EquiformerV3's code (.pt).
         datasets: names for the vocabulary where the file has none.
         licence: of the weights.
+        ema: where a file of fairchem has averaged weights beside the last ones, take the averaged ones.
 
     Returns:
         in eval mode, with the weights' own type; it reproduces the original's outputs.
@@ -29,11 +31,12 @@ def convert(file: str | os.PathLike[str], datasets: Sequence[str] = (), licence:
     """
     content = _load(file)
     try:
-        adapter = next((adapter for adapter in (sevennet, mace) if adapter.recognises(content)), None)
+        adapter = next((adapter for adapter in (sevennet, mace, fairchem) if adapter.recognises(content)), None)
         if adapter is None:
-            remedy = "give a SevenNet checkpoint (.pth), or an exported MACE model"
+            remedy = "give a SevenNet checkpoint (.pth), an exported MACE model, or a checkpoint of fairchem 1.x (.pt)"
             raise InputError(f"not a checkpoint that can be converted: {_kind(content)}", remedy=remedy)
-        potential = adapter.convert(content, datasets, licence)
+        options = {"ema": ema} if adapter is fairchem else {}
+        potential = adapter.convert(content, datasets, licence, **options)
     except InputError as error:
         raise error.at(file) from None
     return potential.eval().requires_grad_(False)

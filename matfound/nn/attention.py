@@ -1,0 +1,140 @@
+"""What the attention of EquiformerV2 (arXiv:2306.12059) and EquiformerV3 (arXiv:2604.09130) is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matfound.nn.base import NodeFeatures
+from matfound.nn.gradients import sum_over
+
+
+@dataclass
+class EdgeFeatures:
+    """What the attention knows of each edge.
+
+    Args:
+        source: sender.
+        target: receiver.
+        numbers: (2, edges) atomic numbers of both.
+        basis: radial functions of the distance.
+        rotation: Wigner matrices into the frame of the edge, in the packed layout (`matfound.ops.so2.SO2Layout`).
+        envelope: of the distance, 0 at the cutoff; None in EquiformerV2, which has none.
+    """
+
+    source: Int[Tensor, " edges"]
+    target: Int[Tensor, " edges"]
+    numbers: Int[Tensor, "2 edges"]
+    basis: Float[Tensor, "edges basis"]
+    rotation: Float[Tensor, "edges rows full"]
+    envelope: Float[Tensor, " edges"] | None = None
+
+
+@dataclass
+class SphericalFeatures(NodeFeatures):
+    """`NodeFeatures` with what the heads of the Equiformers need besides.
+
+    Args:
+        spherical: (atoms, (lmax+1)², channels) features, l-major.
+        edges: of the graph "main".
+    """
+
+    spherical: Float[Tensor, "atoms full channels"] | None = None
+    edges: EdgeFeatures | None = None
+
+
+class EdgeMLP(nn.Module):
+    """Linear layers with biases; a layer norm and SiLU after each but the last.
+
+    Args:
+        sizes: widths from input to output.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(sizes):
+            linear = nn.Linear(n_in, n_out)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.LayerNorm(n_out), nn.SiLU()]
+        self.layers = nn.Sequential(*layers[:-2])
+
+    def forward(self, x: Float[Tensor, "edges channels"]) -> Float[Tensor, "edges outputs"]:
+        """Outputs of each edge."""
+        return self.layers(x)
+
+
+class PairEmbedding(nn.Module):
+    """(basis, embedding of the source's element, embedding of the target's element), side by side.
+
+    Args:
+        elements: rows of the embeddings: atomic numbers below this.
+        channels: width of each embedding.
+    """
+
+    def __init__(self, elements: int, channels: int) -> None:
+        super().__init__()
+        self.source = nn.Parameter(torch.empty(elements, channels).uniform_(-0.001, 0.001))
+        self.target = nn.Parameter(torch.empty(elements, channels).uniform_(-0.001, 0.001))
+
+    def forward(
+        self, basis: Float[Tensor, "edges basis"], source: Int[Tensor, " edges"], target: Int[Tensor, " edges"]
+    ) -> Float[Tensor, "edges all"]:
+        """`source` and `target` are atomic numbers."""
+        return torch.cat([basis, self.source[source], self.target[target]], dim=1)
+
+
+class DropPath(nn.Module):
+    """In training, the branch of some structures is 0, and that of the others grows to make up for it (stochastic depth,
+    arXiv:1603.09382).
+
+    Args:
+        share: of structures, from 0 to below 1.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Float[Tensor, "atoms *rest"], system: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms *rest"]:
+        """`system` is the structure of each atom."""
+        if not self.training or not self.share or not len(x):
+            return x
+        # Not waiting for the number of structures; only where some have no atoms may two get the same draw.
+        keep = torch.rand(len(x), device=x.device)[system % len(x)] >= self.share
+        return x * (keep.to(x.dtype) / (1 - self.share)).view(-1, *[1] * (x.dim() - 1))
+
+
+def smooth_leaky_relu(x: Float[Tensor, "*rows channels"], slope: float = 0.2) -> Float[Tensor, "*rows channels"]:
+    """(1 + slope)/2 · x + (1 - slope)/2 · x · (2σ(x) - 1): slope · x far below 0, x far above (Equiformer, arXiv:2206.11990)."""
+    return (1 + slope) / 2 * x + (1 - slope) / 2 * x * (2 * torch.sigmoid(x) - 1)
+
+
+def attention_weights(
+    logits: Float[Tensor, "edges heads"],
+    target: Int[Tensor, " edges"],
+    num_atoms: int,
+    envelope: Float[Tensor, " edges"] | None = None,
+    eps: float = 1e-16,
+) -> Float[Tensor, "edges heads"]:
+    """Softmax over the edges of each target, w = e^z / (Σ e^z + eps), where the largest z of each target has been taken off.
+
+    With an envelope u, w = u² e^z / (Σ u e^z + eps): smooth when an atom crosses the cutoff (EquiformerV3).
+
+    Args:
+        logits: z of each head.
+        target: receiver of each edge.
+        num_atoms: how many there are.
+        envelope: of each edge, 0 at the cutoff.
+        eps: keeps the division finite.
+    """
+    highest = logits.new_full((num_atoms, logits.shape[1]), -torch.inf)
+    highest = highest.scatter_reduce(0, target.unsqueeze(1).expand_as(logits), logits.detach(), "amax")
+    weights = torch.exp(logits - highest[target])
+    if envelope is not None:
+        weights = weights * envelope.unsqueeze(1)
+    weights = weights / (sum_over(weights, target, num_atoms)[target] + eps)
+    return weights if envelope is None else weights * envelope.unsqueeze(1)
