@@ -162,6 +162,22 @@ def test_stress_is_put_together_after_its_parts_are_scaled():
         fairchem.convert(foreign(HYDRA, normalizers={"energy": {"mean": 0.1}}))
 
 
+def test_a_gradient_model_has_one_scale(shared_data):
+    """EquiformerV3: energy, forces and stress are divided by one number, and only that one is kept."""
+    folder = shared_data / "golden/eqv3_mptrj_grad_l4"
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = {"config": {"model": {"name": described["registry_name"], **described["config"]}}}
+    content["state_dict"] = torch.load(folder / "state_dict.pt", weights_only=True)
+    plain = raw(content)
+    content["normalizers"] = {name: {"mean": 0.0, "rmsd": 2.5} for name in ("energy", "forces", "stress")}
+    found = raw(content)
+    for name in ("energy", "forces", "stress"):
+        assert torch.allclose(found[name], 2.5 * plain[name])
+    content["normalizers"]["forces"]["rmsd"] = 2.0
+    with pytest.raises(InputError, match="the normalizer 'forces' is 0, 2 in a gradient model, expected 0 and the energy's scale, 2.5"):
+        fairchem.convert(content)
+
+
 def test_references_inside_of_the_model():
     content = foreign(
         {**PLAIN, "use_energy_lin_ref": True, "load_energy_lin_ref": True}, normalizers={"energy": {"mean": 0.0, "rmsd": 2.0}}

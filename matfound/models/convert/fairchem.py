@@ -176,10 +176,17 @@ def _scale(potential: Potential, content: Mapping[str, Any], own: Tensor | None)
                 table.isotropic_shift.fill_(mean)
             elif mean:
                 raise InputError(f"the normalizer '{part}' has the mean {mean:g}, expected 0", remedy="get the file again")
-    # A gradient model has one scale: forces and stress follow from the energy.
-    left = [name for name in normalizers if not (potential.conservative and name in ("forces", "stress"))]
-    if left:
-        raise InputError(f"the file has normalizers that no head takes: {', '.join(left)}", remedy="it is of a kind that is not known")
+    if potential.conservative and isinstance(table := _table(potential, "energy"), EnergyTable):
+        for part in {"forces", "stress"} & normalizers.keys():
+            # Forces and stress follow from the energy, and so does their scale.
+            mean, scale = normalizers.pop(part)
+            if mean or abs(scale / float(table.scale[0]) - 1) > 1e-4:
+                problem = f"the normalizer '{part}' is {mean:g}, {scale:g} in a gradient model, expected 0 and the energy's scale"
+                raise InputError(f"{problem}, {float(table.scale[0]):g}", remedy="get the file again")
+    if normalizers:
+        raise InputError(
+            f"the file has normalizers that no head takes: {', '.join(normalizers)}", remedy="it is of a kind that is not known"
+        )
 
 
 def _table(potential: Potential, head: str) -> Float64Buffers | None:
