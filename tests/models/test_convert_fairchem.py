@@ -199,7 +199,7 @@ def test_averaged_weights(caplog):
     averaged = foreign(PLAIN)
     for name in names:
         averaged["state_dict"][name] = averaged["state_dict"][name] + 0.01
-    with caplog.at_level(logging.INFO, "matfound"):
+    with caplog.at_level(logging.WARNING, "matfound"):
         assert torch.allclose(raw(content)["forces"], raw(averaged)["forces"])
         assert "the averaged weights (ema) are taken" in caplog.text
         assert torch.allclose(raw(content, ema=False)["forces"], raw(foreign(PLAIN))["forces"])
@@ -270,6 +270,15 @@ def test_file_to_relaxed_structure(tmp_path, monkeypatch, capsys):
     ase.io.write("in.cif", bulk("Mg", "hcp"))
     assert main(["relax", "in.cif", "--model", "out", "--cell", "--steps", "2"]) == 3  # it does not converge in two steps
     assert ase.io.read("in-relaxed.extxyz").get_forces().shape == (2, 3)
+
+
+def test_a_file_that_a_card_describes_gets_its_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(foreign(PLAIN), "eq2_31M_ec4_allmd.pt")
+    assert main(["convert", "eq2_31M_ec4_allmd.pt", "out"]) == 0
+    potential = checkpoint.load("out")
+    assert potential.datasets == ["oc20"]
+    assert potential.licence == "CC-BY-4.0"
 
 
 def test_averaged_weights_on_the_command_line(tmp_path, monkeypatch):

@@ -132,13 +132,13 @@ def _state(content: Mapping[str, Any], derived: str, *, ema: bool) -> Tensors:
     if averaged is None:
         return state
     if not ema:
-        log.info("matfound: the last weights are taken, not the averaged ones (ema)")
+        log.warning("matfound: the last weights are taken, not the averaged ones (ema)")
         return state
     # They are in the order of the parameters, as the state dict is, and without those that are not trained.
     names = [key for key in state.left if not re.search(derived, key) and not key.endswith("energy_lin_ref")]
     if [tuple(state.left[name].shape) for name in names] != [tuple(tensor.shape) for tensor in averaged]:
         raise InputError("the averaged weights (ema) are not those of the model's tensors", remedy="convert the last weights: --no-ema")
-    log.info("matfound: the averaged weights (ema) are taken")
+    log.warning("matfound: the averaged weights (ema) are taken")
     state.left.update(zip(names, averaged, strict=True))
     return state
 
