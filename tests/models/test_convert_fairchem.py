@@ -43,6 +43,7 @@ CRYSTAL = random_crystal(0, 5, (8, 12, 22))
 
 #: Our names back to those of the files, each as often as it occurs.
 _BACK = [
+    (r"heads\.energy\.references$", "energy_lin_ref"),
     (r"\bembedding$", "sphere_embedding.weight"),
     (r"edge_degree\.radial\.layers\.", "edge_degree_embedding.rad_func.net."),
     (r"edge_degree\.", "edge_degree_embedding."),
@@ -84,7 +85,7 @@ def foreign(model: dict[str, Any], prefix: str = "module.module.", **more: Any) 
         key = key.replace("heads.stress.", "output_heads.stress.")
         key = key if hydra else key.removeprefix("backbone.")
         assert equiformer_v2.rename(key) == name, (key, name)
-        state[prefix + key] = parameter.detach() + 0.1 * torch.randn_like(parameter)
+        state[prefix + key] = parameter.detach() + (0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0.0)
     for buffer in ("blocks.0.ga.SO3_grid.2.1.to_grid_mat", "SO3_rotation.0.mapping.to_m", "distance_expansion.offset",
                    "norm.balance_degree_weight", "blocks.0.ffn.so3_linear_1.expand_index"):  # fmt: skip
         state[prefix + buffer] = torch.zeros(2)
@@ -185,6 +186,10 @@ def test_references_inside_of_the_model():
     content["state_dict"]["module.energy_lin_ref"] = torch.arange(24.0)
     expected = 2 * (raw(foreign(PLAIN))["energy"] + float(CRYSTAL.numbers.sum()))
     assert torch.allclose(raw(content)["energy"], expected)
+    content["state_dict"]["module.energy_lin_ref"][3] = 6e12  # nothing had this element
+    potential = fairchem.convert(content)
+    assert potential.elements(0) == set(range(1, 24)) - {3}
+    assert sum(p.numel() for p in potential.parameters()) == sum(p.numel() for p in fairchem.convert(foreign(PLAIN)).parameters()) + 24
     content["config"]["model"]["use_energy_lin_ref"] = False
     assert torch.allclose(raw(content)["energy"], 2 * raw(foreign(PLAIN))["energy"])
 

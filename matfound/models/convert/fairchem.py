@@ -23,6 +23,7 @@ from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Backbone, Head, Potential
 from matfound.models.convert import equiformer_v2, equiformer_v3
 from matfound.models.convert.tensors import Tensors
+from matfound.models.equiformer_v2_heads import EquiformerV2Energy
 from matfound.nn.heads import EnergyTable, Float64Buffers
 from matfound.nn.so3.grid import GridWarning
 from matfound.structures.atomic_data import AtomicData
@@ -87,10 +88,13 @@ def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: s
     potential, coarse = _build(family, config, heads, list(datasets) or ["default"], licence)
     potential.to(state.left[next(iter(state.left))].dtype)
     with torch.no_grad():
-        references = _lin_ref(state, config)
+        if not config.get("use_energy_lin_ref"):
+            # References that the model could add to its output, and does not.
+            for key in [key for key in state.left if key.endswith("energy_lin_ref")]:
+                state.take(key)
         family.fill(potential.backbone, dict(potential.heads.items()), state)  # type: ignore[arg-type]
         state.finish()
-        _scale(potential, content, references)
+        _scale(potential, content)
     if coarse:
         _measure(potential)
     return potential
@@ -143,15 +147,7 @@ def _state(content: Mapping[str, Any], derived: str, *, ema: bool) -> Tensors:
     return state
 
 
-def _lin_ref(state: Tensors, config: Mapping[str, Any]) -> Tensor | None:
-    """References that a model adds to its own output, before the normalizer, if its options say so."""
-    if "energy_lin_ref" not in state.left:
-        return None
-    found = state.left.pop("energy_lin_ref").double()
-    return found if config.get("use_energy_lin_ref") else None
-
-
-def _scale(potential: Potential, content: Mapping[str, Any], own: Tensor | None) -> None:
+def _scale(potential: Potential, content: Mapping[str, Any]) -> None:
     """Normalizers and element references into the heads; what the file has none of stays in the model's own units."""
     normalizers = {_OLD_NORMALIZERS.get(name, name): _normalizer(value) for name, value in (content.get("normalizers") or {}).items()}
     table = _table(potential, "energy")
@@ -161,7 +157,12 @@ def _scale(potential: Potential, content: Mapping[str, Any], own: Tensor | None)
         table.scale.fill_(scale)
         references = _references((content.get("elementrefs") or {}).get("energy"))
         known = torch.tensor(sorted(potential.backbone.elements))
-        table.reference[:, known] = references[known] + (0.0 if own is None else scale * _filled(own)[known])
+        table.reference[:, known] = references[known]
+        own = potential.heads["energy"]
+        if isinstance(own, EquiformerV2Energy) and own.own_references:
+            absent = torch.isnan(_filled(own.references)[: len(own.references)])
+            table.reference[:, : len(absent)][:, absent] = torch.nan
+            own.references[absent] = 0.0
     for field, name, part in (
         ("forces", "scale", "forces"),
         ("stress", "scale", "stress"),
