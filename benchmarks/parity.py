@@ -327,7 +327,7 @@ def raw_outputs(potential: Potential, case: Case, precision: str, *, dens: bool)
         noisy, moved = content["dens"]["dens_batch_mask"], noise_mask(content, precision)
         batch.given_forces = torch.where(moved[:, None], content["dens"]["forces"].double(), torch.nan)
     found = potential(batch)
-    outputs = {"energy": found["energy"], "forces": found["forces"]}
+    outputs = {key: found[key] for key in ("energy", "forces") if key in found}
     if dens:
         outputs["forces"] = torch.where(moved[:, None], found["noise"] / potential.heads["noise"].sigma, found["forces"])
     if "stress" in found:

@@ -71,6 +71,23 @@ MUTANTS = (
         "squared.sqrt() < 0.9 * spec.cutoff",
         ("tests/graphs/test_neighbors.py::test_edges_by_brute_force",),
     ),
+    Mutant(
+        "frames that are not differentiated",
+        "matfound/models/equiformer_v3.py",
+        "packed_rotation(self.frames(vectors), ",
+        "packed_rotation(self.frames(vectors.detach()), ",
+        (
+            "tests/models/test_equiformer_v3.py::test_stress_is_the_gradient_in_an_aligned_crystal",
+            "tests/models/test_equiformer_v3.py::test_hessian_vector_products",
+        ),
+    ),
+    Mutant(
+        "attention with one envelope in place of two",
+        "matfound/nn/attention.py",
+        "return weights if envelope is None else weights * envelope.unsqueeze(1)",
+        "return weights",
+        ("tests/models/test_equiformer_v3.py::test_energy_is_smooth_at_the_cutoff",),
+    ),
 )
 
 

@@ -333,7 +333,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _convert_file(file: Path, datasets: list[str], *, ema: bool) -> "tuple[Potential, dict[str, object]]":
     """A file that a card describes gets that card's names and licence."""
-    from matfound.models import published
+    from matfound import catalog
+    from matfound.models import downloaded, published
     from matfound.models.convert import convert
 
     if not file.is_file():
@@ -344,6 +345,12 @@ def _convert_file(file: Path, datasets: list[str], *, ema: bool) -> "tuple[Poten
     for name, card, weights in map(published.card, published.names()):
         if digest == weights.sha256:
             return convert(file, datasets or weights.datasets, weights.licence), published.front_matter(name, card)
+    for name in downloaded.names():
+        card = catalog.model(name)
+        found = card.download
+        if found is not None and (digest == found.sha256 or (not found.sha256 and file.name == found.file)):
+            front = downloaded.front_matter(name, card, found)
+            return convert(file, datasets or found.datasets, found.licence, ema=ema), front
     return convert(file, datasets, ema=ema), {"model_name": file.stem, "base_model": file.name}
 
 

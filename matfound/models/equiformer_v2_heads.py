@@ -35,17 +35,22 @@ class EquiformerV2Energy(Head):
 
     Args:
         avg_atoms: the sum over atoms is divided by it; mean number of atoms of the training data in published models.
+        own_references: references that belong to the weights and are added before the scale, scale[d] · own[z_i] (OC22's model). They
+            are not trained.
     """
 
     outputs = ("energy",)
 
-    def __init__(self, avg_atoms: float = 77.81317) -> None:
+    def __init__(self, avg_atoms: float = 77.81317, own_references: bool = False) -> None:
         super().__init__()
-        self.avg_atoms = avg_atoms
+        self.avg_atoms, self.own_references = avg_atoms, own_references
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        self.network = FeedForward(_backbone(self, backbone).sizes, datasets)
+        sizes = _backbone(self, backbone).sizes
+        self.network = FeedForward(sizes, datasets)
         self.table = EnergyTable(datasets, self.avg_atoms)
+        if self.own_references:
+            self.references = nn.Parameter(torch.zeros(sizes.num_elements), requires_grad=False)
 
     def elements(self, dataset: int) -> set[int]:
         """Elements with a reference energy in the dataset."""
@@ -58,7 +63,9 @@ class EquiformerV2Energy(Head):
         """`energy` (systems,) and `energies` (atoms,), eV, float64."""
         x, _ = _spherical(features)
         out = self.network(x)[:, 0] if self.training else self.network.scalars(x)
-        out = _of_dataset(out, system_dataset(batch)[batch.batch])
+        out = _of_dataset(out, system_dataset(batch)[batch.batch]).double()
+        if self.own_references:
+            out = out + self.avg_atoms * self.references[batch.numbers].double()
         energies = self.table.energies(out, batch)
         return {"energy": sum_over(energies, batch.batch, batch.num_systems), "energies": energies}
 

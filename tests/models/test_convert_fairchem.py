@@ -43,6 +43,7 @@ CRYSTAL = random_crystal(0, 5, (8, 12, 22))
 
 #: Our names back to those of the files, each as often as it occurs.
 _BACK = [
+    (r"heads\.energy\.references$", "energy_lin_ref"),
     (r"\bembedding$", "sphere_embedding.weight"),
     (r"edge_degree\.radial\.layers\.", "edge_degree_embedding.rad_func.net."),
     (r"edge_degree\.", "edge_degree_embedding."),
@@ -84,7 +85,7 @@ def foreign(model: dict[str, Any], prefix: str = "module.module.", **more: Any) 
         key = key.replace("heads.stress.", "output_heads.stress.")
         key = key if hydra else key.removeprefix("backbone.")
         assert equiformer_v2.rename(key) == name, (key, name)
-        state[prefix + key] = parameter.detach() + 0.1 * torch.randn_like(parameter)
+        state[prefix + key] = parameter.detach() + (0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0.0)
     for buffer in ("blocks.0.ga.SO3_grid.2.1.to_grid_mat", "SO3_rotation.0.mapping.to_m", "distance_expansion.offset",
                    "norm.balance_degree_weight", "blocks.0.ffn.so3_linear_1.expand_index"):  # fmt: skip
         state[prefix + buffer] = torch.zeros(2)
@@ -162,6 +163,22 @@ def test_stress_is_put_together_after_its_parts_are_scaled():
         fairchem.convert(foreign(HYDRA, normalizers={"energy": {"mean": 0.1}}))
 
 
+def test_a_gradient_model_has_one_scale(shared_data):
+    """EquiformerV3: energy, forces and stress are divided by one number, and only that one is kept."""
+    folder = shared_data / "golden/eqv3_mptrj_grad_l4"
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = {"config": {"model": {"name": described["registry_name"], **described["config"]}}}
+    content["state_dict"] = torch.load(folder / "state_dict.pt", weights_only=True)
+    plain = raw(content)
+    content["normalizers"] = {name: {"mean": 0.0, "rmsd": 2.5} for name in ("energy", "forces", "stress")}
+    found = raw(content)
+    for name in ("energy", "forces", "stress"):
+        assert torch.allclose(found[name], 2.5 * plain[name])
+    content["normalizers"]["forces"]["rmsd"] = 2.0
+    with pytest.raises(InputError, match="the normalizer 'forces' is 0, 2 in a gradient model, expected 0 and the energy's scale, 2.5"):
+        fairchem.convert(content)
+
+
 def test_references_inside_of_the_model():
     content = foreign(
         {**PLAIN, "use_energy_lin_ref": True, "load_energy_lin_ref": True}, normalizers={"energy": {"mean": 0.0, "rmsd": 2.0}}
@@ -169,6 +186,10 @@ def test_references_inside_of_the_model():
     content["state_dict"]["module.energy_lin_ref"] = torch.arange(24.0)
     expected = 2 * (raw(foreign(PLAIN))["energy"] + float(CRYSTAL.numbers.sum()))
     assert torch.allclose(raw(content)["energy"], expected)
+    content["state_dict"]["module.energy_lin_ref"][3] = 6e12  # nothing had this element
+    potential = fairchem.convert(content)
+    assert potential.elements(0) == set(range(1, 24)) - {3}
+    assert sum(p.numel() for p in potential.parameters()) == sum(p.numel() for p in fairchem.convert(foreign(PLAIN)).parameters()) + 24
     content["config"]["model"]["use_energy_lin_ref"] = False
     assert torch.allclose(raw(content)["energy"], 2 * raw(foreign(PLAIN))["energy"])
 
@@ -183,7 +204,7 @@ def test_averaged_weights(caplog):
     averaged = foreign(PLAIN)
     for name in names:
         averaged["state_dict"][name] = averaged["state_dict"][name] + 0.01
-    with caplog.at_level(logging.INFO, "matfound"):
+    with caplog.at_level(logging.WARNING, "matfound"):
         assert torch.allclose(raw(content)["forces"], raw(averaged)["forces"])
         assert "the averaged weights (ema) are taken" in caplog.text
         assert torch.allclose(raw(content, ema=False)["forces"], raw(foreign(PLAIN))["forces"])
@@ -254,6 +275,15 @@ def test_file_to_relaxed_structure(tmp_path, monkeypatch, capsys):
     ase.io.write("in.cif", bulk("Mg", "hcp"))
     assert main(["relax", "in.cif", "--model", "out", "--cell", "--steps", "2"]) == 3  # it does not converge in two steps
     assert ase.io.read("in-relaxed.extxyz").get_forces().shape == (2, 3)
+
+
+def test_a_file_that_a_card_describes_gets_its_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(foreign(PLAIN), "eq2_31M_ec4_allmd.pt")
+    assert main(["convert", "eq2_31M_ec4_allmd.pt", "out"]) == 0
+    potential = checkpoint.load("out")
+    assert potential.datasets == ["oc20"]
+    assert potential.licence == "CC-BY-4.0"
 
 
 def test_averaged_weights_on_the_command_line(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from matfound.models import checkpoint
 from matfound.models.base import Head, Potential, Statistics
 from matfound.models.equiformer_v2 import EquiformerV2, smallest_grid
 from matfound.models.equiformer_v2_heads import EquiformerV2Energy, EquiformerV2Forces, EquiformerV2Stress
+from matfound.models.extend import extend
 from matfound.nn.heads import EnergyHead
 from matfound.nn.so3.grid import GridWarning
 from matfound.nn.so3.rotation import edge_frames
@@ -155,6 +156,18 @@ def test_levels_of_theory_have_outputs_of_their_own():
     assert out["energy"][0] != out["energy"][1]
     assert not torch.allclose(out["forces"][:3], out["forces"][3:])
     assert not torch.allclose(out["stress"][0], out["stress"][1])
+
+
+def test_a_new_level_of_theory_starts_as_its_parent():
+    potential = small("energy", "forces", "stress", **GATE).eval()
+    grown = extend(potential, "b")
+    samples = [prepare(potential, random_crystal(0, 3, ELEMENTS)) for _ in range(2)]
+    samples[1].dataset[:] = 1
+    found, expected = grown(collate(samples)), potential(collate(samples[:1]))
+    for name in ("energy", "forces", "stress"):
+        both = found[name].chunk(2)
+        assert torch.allclose(both[0], expected[name], atol=1e-6)
+        assert torch.allclose(both[1], expected[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", [GATE, {"grid_mlp": True}, {"grid_mlp": False}])

@@ -99,6 +99,7 @@ def rename(key: str) -> str:
     """Our name of a tensor: "blocks.0.ga.proj.weight", with "backbone." or without, is "backbone.blocks.0.attention.project.weight"."""
     key = re.sub(r"^(output_heads\.\w+\.)?energy_block\.", "heads.energy.network.", key)
     key = re.sub(r"^(output_heads\.\w+\.)?force_block\.", "heads.forces.network.", key)
+    key = re.sub(r"^(\w+\.)*energy_lin_ref$", "heads.energy.references", key)
     key = re.sub(r"^output_heads\.\w+\.(?=sphharm_norm|xedge_layer_norm|block\.)", "heads.stress.", key)
     if not key.startswith(("heads.", "backbone.", "output_heads.")):
         key = "backbone." + key
@@ -157,7 +158,8 @@ def build(
         drop_path=float(get("drop_path_rate")),
         grid_error=grid_error,
     )
-    return backbone, _heads(config, heads, float(get("avg_num_nodes")), get("norm_type"))
+    energy = EquiformerV2Energy(float(get("avg_num_nodes")), bool(get("use_energy_lin_ref")))
+    return backbone, _heads(config, heads, energy, get("norm_type"))
 
 
 def _grid(resolution: int, lmax: int, order: int) -> list[int]:
@@ -165,16 +167,16 @@ def _grid(resolution: int, lmax: int, order: int) -> list[int]:
     return [resolution, resolution] if resolution else [2 * (lmax + 1), 2 * order + (3 if order == lmax else 1)]
 
 
-def _heads(config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]], avg_atoms: float, norm: Any) -> dict[str, Head]:
+def _heads(config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]], energy: Head, norm: Any) -> dict[str, Head]:
     """Those of the file; the older layout has energy, and forces if the options say so."""
     if not heads:
         forces = {"forces": EquiformerV2Forces()} if config.get("regress_forces", True) else {}
-        return {"energy": EquiformerV2Energy(avg_atoms), **forces}
+        return {"energy": energy, **forces}
     found: dict[str, Head] = {}
     for name, options in heads.items():
         kind = str(options.get("module")).rpartition(".")[2]
         if kind in _ENERGY and options.get("reduce", "sum") == "sum":
-            found["energy"] = EquiformerV2Energy(avg_atoms)
+            found["energy"] = energy
         elif kind in _FORCES:
             found["forces"] = EquiformerV2Forces()
         elif kind in _STRESS and all(options.get(key, value) == value for key, value in _STRESS_FIXED.items()):

@@ -23,6 +23,7 @@ from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Backbone, Head, Potential
 from matfound.models.convert import equiformer_v2, equiformer_v3
 from matfound.models.convert.tensors import Tensors
+from matfound.models.equiformer_v2_heads import EquiformerV2Energy
 from matfound.nn.heads import EnergyTable, Float64Buffers
 from matfound.nn.so3.grid import GridWarning
 from matfound.structures.atomic_data import AtomicData
@@ -87,10 +88,13 @@ def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: s
     potential, coarse = _build(family, config, heads, list(datasets) or ["default"], licence)
     potential.to(state.left[next(iter(state.left))].dtype)
     with torch.no_grad():
-        references = _lin_ref(state, config)
+        if not config.get("use_energy_lin_ref"):
+            # References that the model could add to its output, and does not.
+            for key in [key for key in state.left if key.endswith("energy_lin_ref")]:
+                state.take(key)
         family.fill(potential.backbone, dict(potential.heads.items()), state)  # type: ignore[arg-type]
         state.finish()
-        _scale(potential, content, references)
+        _scale(potential, content)
     if coarse:
         _measure(potential)
     return potential
@@ -132,26 +136,18 @@ def _state(content: Mapping[str, Any], derived: str, *, ema: bool) -> Tensors:
     if averaged is None:
         return state
     if not ema:
-        log.info("matfound: the last weights are taken, not the averaged ones (ema)")
+        log.warning("matfound: the last weights are taken, not the averaged ones (ema)")
         return state
     # They are in the order of the parameters, as the state dict is, and without those that are not trained.
     names = [key for key in state.left if not re.search(derived, key) and not key.endswith("energy_lin_ref")]
     if [tuple(state.left[name].shape) for name in names] != [tuple(tensor.shape) for tensor in averaged]:
         raise InputError("the averaged weights (ema) are not those of the model's tensors", remedy="convert the last weights: --no-ema")
-    log.info("matfound: the averaged weights (ema) are taken")
+    log.warning("matfound: the averaged weights (ema) are taken")
     state.left.update(zip(names, averaged, strict=True))
     return state
 
 
-def _lin_ref(state: Tensors, config: Mapping[str, Any]) -> Tensor | None:
-    """References that a model adds to its own output, before the normalizer, if its options say so."""
-    if "energy_lin_ref" not in state.left:
-        return None
-    found = state.left.pop("energy_lin_ref").double()
-    return found if config.get("use_energy_lin_ref") else None
-
-
-def _scale(potential: Potential, content: Mapping[str, Any], own: Tensor | None) -> None:
+def _scale(potential: Potential, content: Mapping[str, Any]) -> None:
     """Normalizers and element references into the heads; what the file has none of stays in the model's own units."""
     normalizers = {_OLD_NORMALIZERS.get(name, name): _normalizer(value) for name, value in (content.get("normalizers") or {}).items()}
     table = _table(potential, "energy")
@@ -161,7 +157,12 @@ def _scale(potential: Potential, content: Mapping[str, Any], own: Tensor | None)
         table.scale.fill_(scale)
         references = _references((content.get("elementrefs") or {}).get("energy"))
         known = torch.tensor(sorted(potential.backbone.elements))
-        table.reference[:, known] = references[known] + (0.0 if own is None else scale * _filled(own)[known])
+        table.reference[:, known] = references[known]
+        own = potential.heads["energy"]
+        if isinstance(own, EquiformerV2Energy) and own.own_references:
+            absent = torch.isnan(_filled(own.references)[: len(own.references)])
+            table.reference[:, : len(absent)][:, absent] = torch.nan
+            own.references[absent] = 0.0
     for field, name, part in (
         ("forces", "scale", "forces"),
         ("stress", "scale", "stress"),
@@ -176,10 +177,17 @@ def _scale(potential: Potential, content: Mapping[str, Any], own: Tensor | None)
                 table.isotropic_shift.fill_(mean)
             elif mean:
                 raise InputError(f"the normalizer '{part}' has the mean {mean:g}, expected 0", remedy="get the file again")
-    # A gradient model has one scale: forces and stress follow from the energy.
-    left = [name for name in normalizers if not (potential.conservative and name in ("forces", "stress"))]
-    if left:
-        raise InputError(f"the file has normalizers that no head takes: {', '.join(left)}", remedy="it is of a kind that is not known")
+    if potential.conservative and isinstance(table := _table(potential, "energy"), EnergyTable):
+        for part in {"forces", "stress"} & normalizers.keys():
+            # Forces and stress follow from the energy, and so does their scale.
+            mean, scale = normalizers.pop(part)
+            if mean or abs(scale / float(table.scale[0]) - 1) > 1e-4:
+                problem = f"the normalizer '{part}' is {mean:g}, {scale:g} in a gradient model, expected 0 and the energy's scale"
+                raise InputError(f"{problem}, {float(table.scale[0]):g}", remedy="get the file again")
+    if normalizers:
+        raise InputError(
+            f"the file has normalizers that no head takes: {', '.join(normalizers)}", remedy="it is of a kind that is not known"
+        )
 
 
 def _table(potential: Potential, head: str) -> Float64Buffers | None:
