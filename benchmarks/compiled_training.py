@@ -35,7 +35,7 @@ from matfound.testing import prepare, random_crystal
 ELEMENTS = (8, 12, 22)
 #: What may differ, and by how much.
 LIMITS = {"gradient_difference_float64": 1e-10, "gradient_difference_float32": 1e-5, "weight_difference_float64": 1e-9}
-#: Shapes: tiny ones, SevenNet-0's, and MACE-MP-0-medium's.
+#: Shapes: small ones for tests, SevenNet-0's, and MACE-MP-0-medium's.
 MODELS = {
     "nequip-least": lambda: NequIP(3.5, 1, "2x0e", lmax=1, num_basis=2, radial_hidden=(), elements=ELEMENTS, self_connection="none"),
     "nequip-tiny": lambda: NequIP(3.5, 2, "4x0e+4x1o", lmax=1, radial_hidden=(8,), elements=ELEMENTS),
@@ -49,7 +49,8 @@ def potential(name: str, device: str) -> Potential:
     """With random weights, and references of 0."""
     torch.manual_seed(0)
     backbone = MODELS[name]()
-    made = Potential(backbone, {"energy": MACEEnergyHead() if isinstance(backbone, MACE) else EnergyHead()})
+    head = MACEEnergyHead() if isinstance(backbone, MACE) else EnergyHead(() if name == "nequip-least" else (32,))
+    made = Potential(backbone, {"energy": head})
     made.heads["energy"].table.reference.zero_()  # type: ignore[union-attr]
     return made.train().to(device)
 

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from matfound.errors import InputError
+from matfound.inference.calculator import Calculator
 from matfound.models import compiled
 from matfound.models.base import Potential
 from matfound.models.nequip import NequIP
 from matfound.nn.heads import EnergyHead
 from matfound.structures.atomic_data import AtomicData, collate
+from matfound.tasks.multitask import MultiTask
+from matfound.tasks.target import Target
 from matfound.testing import prepare, random_crystal
 
 
@@ -117,9 +120,16 @@ def test_models_that_cannot_be_compiled_say_so(monkeypatch: pytest.MonkeyPatch) 
         model(batch)
 
 
+def test_switches() -> None:
+    assert Calculator(potential(), compile=True).potential._compiled is not None
+    assert Calculator(potential()).potential._compiled is None
+    task = MultiTask(potential(), [Target("energy")], compile=True)
+    assert task.potential._compiled is not None and not any("_compiled" in name for name in task.state_dict())
+
+
 def run(repo: Path, folder: Path, *options: str) -> dict[str, float]:
     """The benchmark's row."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV_CORE")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # coverage would double the time
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(repo / "benchmarks/compiled_training.py"), *options, "--out", str(folder / "out.json")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)

@@ -4,8 +4,8 @@ With the maps M_e = C · Y_e of an edge (output components × input components) 
 are lined up, so that their sum is part of a matrix product, and no message is ever written down. Likewise backwards: the gradients are
 matrix products of the same three, and sums over channels happen inside them.
 
-The product is linear in x, y and w. With F(g, x, y, w) = <g, out>, all derivatives are those of F at other arguments: second derivatives
-need no further code. Edges of an atom are added up in one order: the same bits in every run.
+The product is linear in x, y and w: with F(g, x, y, w) = <g, out>, all derivatives are F with other arguments. Edges of an atom are added
+up in one order: the same bits in every run.
 """
 
 import functools
@@ -115,6 +115,11 @@ def _maps(plan: _Plan, block: _Block, y: Tensor, piece: _Piece) -> Tensor:
     return maps.view(-1, piece.width, block.rows, block.dim).transpose(1, 2).reshape(-1, block.rows, piece.width * block.dim)
 
 
+def _over_components(values: Tensor) -> Tensor:
+    """Sum over the last dimension but one; a sum of one term takes as long as of three."""
+    return values.sum(-2) if values.shape[-2] > 1 else values.squeeze(-2)
+
+
 def _weighted(plan: _Plan, features: Tensor, weights: Tensor, path: _Path) -> Tensor:
     return features * weights[:, path.weights].unsqueeze(1) if plan.spec.weighted else features
 
@@ -147,14 +152,19 @@ def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: G
         sources = _rows(source, piece.edges)
         found = _of_piece(plan, _rows(g, piece.atoms), x.index_select(0, sources), _rows(y, piece.edges), _rows(w, piece.edges), piece)
         dx.index_add_(0, sources, found[0])
-        for total, part in zip((dy, dw), found[1:], strict=True):
-            if isinstance(piece.edges, slice):
-                total[piece.edges] = part
-            elif piece.missing is None:
-                total.index_copy_(0, piece.edges, part)
-            else:
-                total.index_copy_(0, piece.edges[~piece.missing], part[~piece.missing])
+        _put((dy, dw), found[1:], piece)
     return dx, dy, dw
+
+
+def _put(totals: Sequence[Tensor], parts: Sequence[Tensor], piece: _Piece) -> None:
+    """Write what belongs to the edges of a piece."""
+    for total, part in zip(totals, parts, strict=True):
+        if isinstance(piece.edges, slice):
+            total[piece.edges] = part
+        elif piece.missing is None:
+            total.index_copy_(0, piece.edges, part)
+        else:
+            total.index_copy_(0, piece.edges[~piece.missing], part[~piece.missing])
 
 
 def _of_piece(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,8 +181,7 @@ def _of_piece(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, piece: _P
             of_maps.append(torch.bmm(out, lined_up.transpose(1, 2)))
             along = torch.bmm(maps[:, path.rows].transpose(1, 2), out).view(features.shape)
             if plan.spec.weighted:
-                # Component by component is slower than a sum, but for one.
-                dw[:, path.weights] = (along * features).sum(1) if block.dim > 1 else (along * features).squeeze(1)
+                dw[:, path.weights] = _over_components(along * features)
                 along.mul_(w[:, path.weights].unsqueeze(1))
             of_features += along
         flat = torch.cat(of_maps, dim=1).view(-1, block.rows, piece.width, block.dim).transpose(1, 2).reshape(len(y), -1)
@@ -180,21 +189,59 @@ def _of_piece(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, piece: _P
     return dx, dy, dw
 
 
+@torch.autocast("cpu", enabled=False)
 def _second(
     plan: _Plan, cotangents: Sequence[Tensor | None], g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: Graph
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Derivatives of <hx, dF/dx> + <hy, dF/dy> + <hw, dF/dw> = F(g, hx, y, w) + F(g, x, hy, w) + F(g, x, y, hw)."""
-    hx, hy, hw = cotangents
-    total = [torch.zeros_like(t) for t in (g, x, y, w)]
-    for fixed, h, arguments in ((1, hx, (hx, y, w)), (2, hy, (x, hy, w)), (3, hw, (x, y, hw))):
-        if h is None or not h.shape[1]:
-            continue
-        a, b, c = (t for t in arguments if t is not None)
-        parts = _product(plan, a, b, c, graph), *_gradients(plan, g, a, b, c, graph)
-        for n, part in enumerate(parts):
-            if n != fixed:
-                total[n] += part
-    return total[0], total[1], total[2], total[3]
+    source, order, rows, _, _ = graph
+    hx, hy, hw = (torch.zeros_like(t) if h is None else h for h, t in zip(cotangents, (x, y, w), strict=True))
+    dg, dx, dy, dw = torch.zeros_like(g), torch.zeros_like(x), torch.empty_like(y), torch.empty_like(w)
+    for piece in _pieces(rows, order):
+        sources = _rows(source, piece.edges)
+        xs, hxs = x.index_select(0, sources), hx.index_select(0, sources)
+        ys, hys, ws, hws = (_rows(t, piece.edges) for t in (y, hy, w, hw))
+        sums, *found = _second_of_piece(plan, _rows(g, piece.atoms), xs, hxs, ys, hys, ws, hws, piece)
+        dg[piece.atoms] = sums
+        dx.index_add_(0, sources, found[0])
+        _put((dy, dw), found[1:], piece)
+    return dg, dx, dy, dw
+
+
+def _second_of_piece(
+    plan: _Plan, g: Tensor, x: Tensor, hx: Tensor, y: Tensor, hy: Tensor, w: Tensor, hw: Tensor, piece: _Piece
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives with respect to g, and on each edge those with respect to x, y and w.
+
+    Two halves are multiplied as one: maps of y next to those of hy, and w ⊙ hx + hw ⊙ x above w ⊙ x.
+    """
+    sums, dx, dy, dw = torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(y), torch.empty_like(w)
+    weighted = plan.spec.weighted
+    for block in plan.blocks:
+        maps = torch.cat([_maps(plan, block, y, piece), _maps(plan, block, hy, piece)], dim=2)
+        atoms, shape = len(maps), (-1, piece.width, block.dim, block.channels)
+        features, of_cotangents, of_features = (t[:, block.columns].unflatten(1, shape[2:]).unflatten(0, shape[:2]) for t in (x, hx, dx))
+        lined_up = maps.new_empty(atoms, 2, *shape[1:])
+        of_maps = []
+        for path in block.paths:
+            out = g[:, path.out].reshape(atoms, -1, block.channels)
+            weights, hweights = (t[:, path.weights].unflatten(0, shape[:2]).unsqueeze(2) if weighted else t for t in (w, hw))
+            if weighted:
+                torch.mul(of_cotangents, weights, out=lined_up[:, 0]).addcmul_(features, hweights)
+                torch.mul(features, weights, out=lined_up[:, 1])
+            else:
+                lined_up[:, 0], lined_up[:, 1] = of_cotangents, features
+            sums[:, path.out] += torch.bmm(maps[:, path.rows], lined_up.view(atoms, -1, block.channels)).flatten(1)
+            of_maps.append(torch.bmm(out, lined_up[:, 0].flatten(1, 2).transpose(1, 2)))
+            along, along_h = torch.bmm(maps[:, path.rows].transpose(1, 2), out).view(lined_up.shape).unbind(1)
+            if weighted:
+                dw[:, path.weights] = _over_components((along * of_cotangents).addcmul_(along_h, features)).flatten(0, 1)
+                of_features.addcmul_(along_h, weights).addcmul_(along, hweights)
+            else:
+                of_features += along_h
+        flat = torch.cat(of_maps, dim=1).view(-1, block.rows, piece.width, block.dim).transpose(1, 2).reshape(len(y), -1)
+        dy.addmm_(flat, reference.couplings(plan.spec, block.number, y).T)
+    return sums, dx, dy, dw
 
 
 @functools.lru_cache(maxsize=1024)
