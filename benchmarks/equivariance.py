@@ -24,7 +24,7 @@ import ase
 import torch
 from parity import CASES, DEFAULT, Case, prepared
 
-from matfound import catalog
+from matfound import catalog, unpickle
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Potential, build
@@ -88,7 +88,7 @@ def fixtures(root: Path) -> list[dict[str, Any]]:
     rows = []
     for folder in sorted(path.parent for path in root.glob("eqv[23]_*/config.json")):
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = torch.load(folder / "state_dict.pt", weights_only=True)
+        state: Any = unpickle.load(folder / "state_dict.pt")
         content = {"config": {"model": {"name": described["registry_name"], **described["config"]}}, "state_dict": state}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GridWarning)
@@ -96,7 +96,7 @@ def fixtures(root: Path) -> list[dict[str, Any]]:
         for name in (f"{folder.name}_{case}" for case in CASES):
             if not (root / name / "summary.json").is_file():
                 continue
-            case = prepared(name, torch.load(root / name / "data.pt", weights_only=True), potential.graphs[MAIN_GRAPH])
+            case = prepared(name, unpickle.load(root / name / "data.pt"), potential.graphs[MAIN_GRAPH])
             summary = json.loads((root / name / "summary.json").read_text(encoding="utf-8"))
             if isinstance(case, Case):
                 for precision in ("f32", "f64"):

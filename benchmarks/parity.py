@@ -31,7 +31,7 @@ import ase.io
 import numpy as np
 import torch
 
-from matfound import catalog, load
+from matfound import catalog, load, unpickle
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.neighbors import add_graphs, edge_vectors
@@ -197,14 +197,14 @@ class Case:
 def equiformer(folder: Path, computed: Arrays) -> Iterator[Row]:
     """Raw outputs in float64 and float32, edges, and the number of parameters."""
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    state = torch.load(folder / "state_dict.pt", weights_only=True)
+    state: Any = unpickle.load(folder / "state_dict.pt")
     checkpoint = {"config": {"model": {"name": described["registry_name"], **described["config"]}}, "state_dict": state}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GridWarning)
         potential = fairchem.convert(checkpoint).eval()
     yield equal(folder.name, "parameters", sum(p.numel() for p in potential.parameters()), described["num_params"])
-    contents = {
-        path.parent.name: torch.load(path, weights_only=True)
+    contents: dict[str, Any] = {
+        path.parent.name: unpickle.load(path)
         for path in sorted(folder.parent.glob(f"{folder.name}_*/data.pt"))
         if path.parent.name.removeprefix(f"{folder.name}_") in CASES
     }

@@ -124,7 +124,7 @@ def _product(x: Tensor, y: Tensor, lmax1: int, lmax2: int, lmax_out: int, method
         return x.new_zeros(x.shape[0], (lmax_out + 1) ** 2 * max(a.shape[2], b.shape[2]))
     work = torch.promote_types(x.dtype, torch.float32)  # bfloat16 is storage only
     way = {"reference": _contract, "grid": _on_grid, "fourier": _on_torus}[method]
-    return way(a.to(work), b.to(work), lmax1, lmax2, lmax_out).to(x.dtype).flatten(1)
+    return way(a.to(work), b.to(work), lmax1, lmax2, lmax_out).to(x.dtype).flatten(1).contiguous()
 
 
 @_product.register_fake

@@ -184,8 +184,9 @@ def test_killed_workers(source, tmp_path, text, monkeypatch):
         import multiprocessing
 
         if what == "converting" and not seen:
-            seen.append(multiprocessing.active_children()[0].pid)
-            os.kill(seen[0], signal.SIGKILL)
+            seen.extend(child.pid for child in multiprocessing.active_children()[:1])
+            for child in seen:
+                os.kill(child, signal.SIGKILL)
 
     with pytest.raises(InputError, match=r"a worker ended by signal 9 \(SIGKILL\) \(run the same command again"):
         convert(source, tmp_path / "out", rows_per_shard=10, workers=2, progress=kill_one)
