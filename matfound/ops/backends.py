@@ -27,6 +27,8 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("gaunt_product", "grid"): gaunt.grid,
     ("gaunt_product", "fourier"): gaunt.fourier,
 }
+#: What "auto" takes on a device where size decides as well.
+BY_SIZE: dict[tuple[str, str], Callable[..., Any]] = {("tensor_product_gather_sum", "cpu"): cpu.gather_sum_by_size}
 
 
 def get(operation: str, backend: str = "reference", device: torch.device | None = None) -> Callable[..., Any]:
@@ -35,8 +37,8 @@ def get(operation: str, backend: str = "reference", device: torch.device | None 
     Args:
         operation: its name in `TABLE`.
         backend: "reference", "cpu" (torch operations arranged for caches), "cuda" (kernels of our own, compiled when they are first
-            used), …; or "auto": "cpu" or "cuda" by where the tensors are, if the operation has it and (for "cuda") NVRTC is installed,
-            else "reference".
+            used), …; or "auto": "cpu" (for large graphs) or "cuda" by where the tensors are, if the operation has it and (for "cuda")
+            NVRTC is installed, else "reference".
         device: where the tensors are, for "auto".
 
     Raises:
@@ -44,6 +46,8 @@ def get(operation: str, backend: str = "reference", device: torch.device | None 
     """
     if backend == "auto":
         place = "" if device is None else device.type
+        if (operation, place) in BY_SIZE:
+            return BY_SIZE[operation, place]
         fits = (operation, place) in TABLE and (place != "cuda" or compiler.is_available())
         backend = place if fits else "reference"
     function = TABLE.get((operation, backend))

@@ -126,3 +126,14 @@ def test_registered_operations():
     expected = derivatives(cpu.gather_sum, spec, (x, y, w, g), (source, target))
     found = derivatives(lambda spec, x, y, w, *_: registered.product_op(x, y, w, *graph), spec, (x, y, w, g), (source, target))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_small_graphs_are_the_reference_s(monkeypatch, small):
+    """Bit for bit, so that it is seen which of the two it was."""
+    spec = SPECS["plain"]
+    (x, y, w, _), index = drawn(spec, 7, 40, torch.float32)
+    monkeypatch.setattr(cpu, "SMALL", w.numel() + 1 if small else w.numel())
+    found = cpu.gather_sum_by_size(spec, x, y, w, *index)
+    expected = [function(spec, x, y, w, *index) for function in (cpu.gather_sum, reference.gather_sum)]
+    assert torch.equal(found, expected[small]) and not torch.equal(*expected)

@@ -109,7 +109,7 @@ def test_kernels_are_for_channelwise_products():
 def test_which_backend():
     place, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert backends.get("tensor_product", "auto", place) is reference.per_edge
-    assert backends.get("tensor_product_gather_sum", "auto", place) is host.gather_sum
+    assert backends.get("tensor_product_gather_sum", "auto", place) is host.gather_sum_by_size
     expected = cuda.gather_sum if compiler.is_available() else reference.gather_sum
     assert backends.get("tensor_product_gather_sum", "auto", gpu) is expected
     spec = SPECS["shared"]
