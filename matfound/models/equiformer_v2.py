@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
-from matfound.graphs.neighbors import edge_vectors
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, Statistics
 from matfound.nn.attention import DropPath, EdgeFeatures, EdgeMLP, PairEmbedding, SphericalFeatures, attention_weights, smooth_leaky_relu
+from matfound.nn.gradients import leaf_vectors
 from matfound.nn.heads import Float64Buffers
 from matfound.nn.norm import NormKind, normalization
 from matfound.nn.radial import GaussianBasis
@@ -318,7 +318,7 @@ class EquiformerV2(Backbone):
 
     def forward(self, batch: AtomicData) -> SphericalFeatures:
         """Features of every atom; the batch carries the graph "main"."""
-        vectors = edge_vectors(batch).detach().requires_grad_(self.differentiated and torch.is_grad_enabled())
+        vectors = leaf_vectors(batch) if self.differentiated else leaf_vectors(batch).detach()
         source, target = batch.edge_index
         x, edges = self.features(batch.numbers, vectors, source, target, batch.batch)
         return SphericalFeatures(

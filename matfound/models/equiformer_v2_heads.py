@@ -6,28 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from matfound.errors import InputError
 from matfound.models.base import Backbone, Head, NodeFeatures, Statistics
 from matfound.models.equiformer_v2 import EquiformerV2, FeedForward, GraphAttention
-from matfound.nn.attention import EdgeFeatures, SphericalFeatures
+from matfound.nn.attention import spherical
+from matfound.nn.base import required
 from matfound.nn.gradients import sum_over
 from matfound.nn.heads import EnergyTable, Float64Buffers, force_scale, pool, system_dataset
 from matfound.nn.norm import NormKind, normalization
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.structures.atomic_data import AtomicData
-
-
-def _backbone(head: Head, backbone: Backbone) -> EquiformerV2:
-    if not isinstance(backbone, EquiformerV2):
-        raise InputError(f"{type(head).__name__} works on EquiformerV2's features, not on {type(backbone).__name__}'s")
-    return backbone
-
-
-def _spherical(features: NodeFeatures) -> tuple[Tensor, EdgeFeatures]:
-    assert isinstance(features, SphericalFeatures)
-    assert features.spherical is not None
-    assert features.edges is not None
-    return features.spherical, features.edges
 
 
 class EquiformerV2Energy(Head):
@@ -46,7 +33,7 @@ class EquiformerV2Energy(Head):
         self.avg_atoms, self.own_references = avg_atoms, own_references
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        sizes = _backbone(self, backbone).sizes
+        sizes = required(self, backbone, EquiformerV2).sizes
         self.network = FeedForward(sizes, datasets)
         self.table = EnergyTable(datasets, self.avg_atoms)
         if self.own_references:
@@ -61,7 +48,7 @@ class EquiformerV2Energy(Head):
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
         """`energy` (systems,) and `energies` (atoms,), eV, float64."""
-        x, _ = _spherical(features)
+        x, _ = spherical(features)
         out = self.network(x)[:, 0] if self.training else self.network.scalars(x)
         out = _of_dataset(out, system_dataset(batch)[batch.batch]).double()
         if self.own_references:
@@ -81,7 +68,7 @@ class EquiformerV2Forces(Head):
     outputs = ("forces",)
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        self.network = GraphAttention(_backbone(self, backbone).sizes, datasets)
+        self.network = GraphAttention(required(self, backbone, EquiformerV2).sizes, datasets)
         self.table = Float64Buffers(scale=torch.ones(datasets))
 
     def fit_scales(self, statistics: Statistics) -> None:
@@ -89,7 +76,7 @@ class EquiformerV2Forces(Head):
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
         """`forces` (atoms, 3), eV/Å, float64."""
-        x, edges = _spherical(features)
+        x, edges = spherical(features)
         dataset = system_dataset(batch)[batch.batch]
         out = self.network(x, edges)[:, 1:4]
         forces = out.gather(2, dataset[:, None, None].expand(-1, 3, 1)).squeeze(2).double()
@@ -119,7 +106,7 @@ class EquiformerV2Stress(Head):
         self.norm_kind = norm
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        sizes = _backbone(self, backbone).sizes
+        sizes = required(self, backbone, EquiformerV2).sizes
         self.lmax = sizes.layout.lmax
         width = 2 * sizes.channels
         self.harmonics_norm = normalization(self.norm_kind, self.lmax, 1)
@@ -139,7 +126,7 @@ class EquiformerV2Stress(Head):
 
     def parts(self, features: NodeFeatures, batch: AtomicData) -> tuple[Float[Tensor, "systems 1"], Float[Tensor, "systems 5"]]:
         """The raw isotropic and anisotropic outputs of each structure's level of theory."""
-        x, edges = _spherical(features)
+        x, edges = spherical(features)
         vectors = next(iter(features.vectors.values())).detach().to(x.dtype)
         harmonics = self.harmonics_norm(_orthonormal(vectors, self.lmax, normalize=False).unsqueeze(2))
         both = torch.cat([x[edges.source], x[edges.target]], dim=2)

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
-from matfound.graphs.neighbors import edge_vectors
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone
 from matfound.nn.attention import DropPath, EdgeFeatures, EdgeMLP, PairEmbedding, SphericalFeatures, attention_weights, smooth_leaky_relu
 from matfound.nn.cutoffs import PolynomialCutoff
+from matfound.nn.gradients import leaf_vectors
 from matfound.nn.norm import MergedLayerNorm
 from matfound.nn.radial import GaussianBasis
 from matfound.nn.so3.grid import GateActivation, GridWarning, S2Grid, SeparableSwiGLU
@@ -292,7 +292,7 @@ class EquiformerV3(Backbone):
 
     def forward(self, batch: AtomicData) -> SphericalFeatures:
         """Features of every atom; the batch carries the graph "main"."""
-        vectors = edge_vectors(batch).detach().requires_grad_(self.differentiated and torch.is_grad_enabled())
+        vectors = leaf_vectors(batch) if self.differentiated else leaf_vectors(batch).detach()
         source, target = batch.edge_index
         given = batch.given_forces if self.force_embedding is not None and "given_forces" in batch else None
         x, edges = self.features(batch.numbers, vectors, source, target, batch.batch, given)

@@ -12,25 +12,13 @@ from matfound.errors import InputError
 from matfound.models import checkpoint
 from matfound.models.base import Backbone, Head, NodeFeatures, Potential, Statistics
 from matfound.models.equiformer_v3 import EquiformerV3, GraphAttention, Sizes, linear
-from matfound.nn.attention import EdgeFeatures, SphericalFeatures
-from matfound.nn.gradients import forces_and_stress, sum_over
-from matfound.nn.heads import EnergyTable, Float64Buffers, atom_dataset, force_scale, pool, system_dataset
+from matfound.nn.attention import spherical
+from matfound.nn.base import required
+from matfound.nn.gradients import sum_over
+from matfound.nn.heads import EnergyTable, Float64Buffers, atom_dataset, force_scale, gradient_outputs, pool, system_dataset
 from matfound.nn.so3.grid import GateActivation
 from matfound.nn.so3.linear import SO3Linear
 from matfound.structures.atomic_data import AtomicData
-
-
-def _backbone(head: Head, backbone: Backbone) -> EquiformerV3:
-    if not isinstance(backbone, EquiformerV3):
-        raise InputError(f"{type(head).__name__} works on EquiformerV3's features, not on {type(backbone).__name__}'s")
-    return backbone
-
-
-def _spherical(features: NodeFeatures) -> tuple[Tensor, EdgeFeatures]:
-    assert isinstance(features, SphericalFeatures)
-    assert features.spherical is not None
-    assert features.edges is not None
-    return features.spherical, features.edges
 
 
 class EquiformerV3Energy(Head):
@@ -49,7 +37,7 @@ class EquiformerV3Energy(Head):
         self.outputs = ("energy", *(["forces"] if forces else []), *(["stress"] if stress else []))
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        sizes = _backbone(self, backbone).sizes
+        sizes = required(self, backbone, EquiformerV3).sizes
         self.hidden, self.last = linear(sizes.channels, sizes.ffn_hidden), linear(sizes.ffn_hidden, datasets)
         self.table = EnergyTable(datasets, self.avg_atoms)
 
@@ -65,12 +53,7 @@ class EquiformerV3Energy(Head):
         out = self.last(nn.functional.silu(self.hidden(features.scalars)))
         energies = self.table.energies(out.gather(1, atom_dataset(batch).unsqueeze(1)).squeeze(1), batch)
         energy = sum_over(energies, batch.batch, batch.num_systems)
-        predictions = {"energy": energy, "energies": energies}
-        if self.conservative:
-            forces, stress = forces_and_stress(energy, features.vectors, batch, create_graph=self.training)
-            predictions |= {"forces": forces} if self.forces else {}
-            predictions |= {"stress": stress} if self.stress else {}
-        return predictions
+        return {"energy": energy, "energies": energies} | gradient_outputs(self, energy, features, batch)
 
 
 class VectorReadout(nn.Module):
@@ -87,7 +70,7 @@ class VectorReadout(nn.Module):
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> Float[Tensor, "atoms 3"]:
         """Vectors (x, y, z), which is the order of l = 1."""
-        out = self.attention(*_spherical(features))[:, 1:4]
+        out = self.attention(*spherical(features))[:, 1:4]
         return out.gather(2, atom_dataset(batch)[:, None, None].expand(-1, 3, 1)).squeeze(2)
 
 
@@ -97,7 +80,7 @@ class EquiformerV3Forces(Head):
     outputs = ("forces",)
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        self.readout = VectorReadout(_backbone(self, backbone).sizes, datasets)
+        self.readout = VectorReadout(required(self, backbone, EquiformerV3).sizes, datasets)
         self.table = Float64Buffers(scale=torch.ones(datasets))
 
     def fit_scales(self, statistics: Statistics) -> None:
@@ -123,7 +106,7 @@ class EquiformerV3Noise(Head):
         self.sigma = sigma
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        network = _backbone(self, backbone)
+        network = required(self, backbone, EquiformerV3)
         if network.force_embedding is None:
             raise InputError("noise can only be predicted where forces are given", remedy="set force_embedding: true of the backbone")
         self.readout = VectorReadout(network.sizes, datasets)
@@ -139,7 +122,7 @@ class EquiformerV3Stress(Head):
     outputs = ("stress",)
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
-        sizes = _backbone(self, backbone).sizes
+        sizes = required(self, backbone, EquiformerV3).sizes
         lmax, hidden = sizes.layout.lmax, sizes.ffn_hidden
         if lmax < 2:
             raise InputError(f"a stress needs l = 2, and the model has lmax = {lmax}")
@@ -155,7 +138,7 @@ class EquiformerV3Stress(Head):
 
     def forward(self, features: NodeFeatures, batch: AtomicData) -> dict[str, Float[Tensor, "..."]]:
         """`stress` (systems, 3, 3), eV/Å³, float64; NaN for structures without a lattice."""
-        x, _ = _spherical(features)
+        x, _ = spherical(features)
         out = self.linear_2(self.activation(self.gate(x[:, 0]), self.linear_1(x)))[:, :9]
         dataset = system_dataset(batch)
         mean = pool(out.flatten(1).double(), batch, "mean").unflatten(1, (9, -1))

@@ -46,6 +46,14 @@ class SphericalFeatures(NodeFeatures):
     edges: EdgeFeatures | None = None
 
 
+def spherical(features: NodeFeatures) -> tuple[Float[Tensor, "atoms full channels"], EdgeFeatures]:
+    """What an Equiformer's head works on."""
+    assert isinstance(features, SphericalFeatures)
+    assert features.spherical is not None
+    assert features.edges is not None
+    return features.spherical, features.edges
+
+
 class EdgeMLP(nn.Module):
     """Linear layers with biases; a layer norm and SiLU after each but the last.
 

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -136,6 +136,20 @@ class Backbone(Configurable):
 
     def fit_scales(self, statistics: "Statistics") -> None:
         """Set what depends on the training data (mean neighbour counts, …) before training starts. Default: nothing."""
+
+
+Kind = TypeVar("Kind", bound=Backbone)
+
+
+def required(head: "Head", backbone: Backbone, kind: type[Kind]) -> Kind:
+    """The backbone, of the family whose features a head works on.
+
+    Raises:
+        InputError: it is of another.
+    """
+    if not isinstance(backbone, kind):
+        raise InputError(f"{type(head).__name__} works on {kind.__name__}'s features, not on {type(backbone).__name__}'s")
+    return backbone
 
 
 class Head(Configurable):

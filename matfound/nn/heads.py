@@ -332,6 +332,16 @@ def pool(values: Float[Tensor, "atoms d"], batch: AtomicData, how: Literal["mean
     return total if how == "sum" else total / batch.natoms.clamp(min=1).to(total.dtype).unsqueeze(1)
 
 
+def gradient_outputs(
+    head: Head, energy: Float[Tensor, " systems"], features: NodeFeatures, batch: AtomicData
+) -> dict[str, Float[Tensor, "..."]]:
+    """`forces` (atoms, 3) and `stress` (systems, 3, 3) of an energy, those that a head has among its outputs."""
+    if not head.conservative:
+        return {}
+    forces, stress = forces_and_stress(energy, features.vectors, batch, create_graph=head.training)
+    return {name: value for name, value in (("forces", forces), ("stress", stress)) if name in head.outputs}
+
+
 class EnergyHead(Head):
     """E = Σ_i (scale[d, z_i] · readout_i + reference[d, z_i]), with forces and stress as its gradients.
 
@@ -382,9 +392,4 @@ class EnergyHead(Head):
         out = self.readout(features.scalars, dataset)[:, 0].double()
         energies = self.table.scale[dataset, batch.numbers] * out + self.table.reference[dataset, batch.numbers]
         energy = sum_over(energies, batch.batch, batch.num_systems)
-        predictions = {"energy": energy, "energies": energies}
-        if self.conservative:
-            forces, stress = forces_and_stress(energy, features.vectors, batch, create_graph=self.training)
-            predictions |= {"forces": forces} if self.forces else {}
-            predictions |= {"stress": stress} if self.stress else {}
-        return predictions
+        return {"energy": energy, "energies": energies} | gradient_outputs(self, energy, features, batch)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from matfound import unpickle
+
 
 @pytest.fixture(scope="module")
 def parity(repo: Path) -> ModuleType:
@@ -32,7 +34,7 @@ def folder(shared_data: Path, tmp_path: Path) -> Path:
 def test_a_fixture_passes(parity: ModuleType, folder: Path) -> None:
     out = folder / "ours.npz"
     assert parity.main([str(folder), "--require", "eqv3", "--save", str(out)]) == 0
-    content = torch.load(folder / "eqv3_mptrj_dens_l4_nacl/data.pt", weights_only=True)
+    content = unpickle.load(folder / "eqv3_mptrj_dens_l4_nacl/data.pt")
     saved = np.load(out)
     for part, reference in (("", content["outputs_f64"]), ("dens/", content["dens"]["outputs_f64"])):
         for key, value in reference.items():
@@ -42,7 +44,7 @@ def test_a_fixture_passes(parity: ModuleType, folder: Path) -> None:
 
 def test_other_weights_do_not_pass(parity: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "eqv3_mptrj_dens_l4/state_dict.pt"
-    state = torch.load(file, weights_only=True)
+    state = unpickle.load(file)
     state["blocks.1.ga.so2_linear_2.so2_m_linear.1.fc.weight"][0, 0] += 1e-3
     torch.save(state, file)
     assert parity.main([str(folder), "--require", "eqv3"]) == 1
@@ -50,7 +52,7 @@ def test_other_weights_do_not_pass(parity: ModuleType, folder: Path, capsys: pyt
 
 
 def test_the_mask_of_the_float64_run_is_drawn_again(parity: ModuleType, folder: Path) -> None:
-    content = torch.load(folder / "eqv3_mptrj_dens_l4_nacl/data.pt", weights_only=True)
+    content = unpickle.load(folder / "eqv3_mptrj_dens_l4_nacl/data.pt")
     masks = [parity.noise_mask(content, precision) for precision in ("f32", "f64")]
     assert torch.equal(masks[0], content["dens"]["noise_mask"])
     assert not torch.equal(masks[1], masks[0])
