@@ -18,7 +18,7 @@ from matfound.ops.cuda.compiler import Kernel, kernel
 KINDS = ("nn", "nt", "tn")
 #: Below so many multiplications torch's own products are as fast.
 SMALL = 2**26
-#: Blocks that fill a GPU: sums over many rows are divided between as many.
+#: Blocks that fill a GPU: long sums are divided until there are as many.
 _BLOCKS = 264
 _THREADS, _DEPTH = 256, 16
 
@@ -128,7 +128,7 @@ def _computed(a: Tensor, b: Tensor, kind: str) -> Tensor:
     rows = 64 if kind == "tn" else 128
     tiles = -(-m // rows) * -(-n // 64)
     steps = -(-k // _DEPTH)
-    parts = max(1, min(_BLOCKS // tiles, steps // 16)) if kind == "tn" else 1
+    parts = max(1, min(_BLOCKS // tiles, steps // 16))
     length = -(-steps // parts) * _DEPTH
     out = a.new_empty(parts, m, n)
     with torch.cuda.device(a.device):
@@ -167,7 +167,7 @@ __device__ __forceinline__ void split(float x, U& high, U& low) {
   low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;
 }
 __device__ __forceinline__ void multiply(float (&d)[4], const U (&a)[4], const U (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
@@ -234,14 +234,14 @@ matmul(const float* __restrict__ a, const float* __restrict__ b, float* __restri
           const int row = kk + t + r * 4, column = wn + j * 8 + g;
           split(from_b[TB ? column * SB + row : row * SB + column], high_b[j][r], low_b[j][r]);
         }
+      // The three products one after the other for all tiles: none waits for the one before.
 #pragma unroll
-      for (int i = 0; i < MT; ++i)
+      for (int term = 0; term < 3; ++term)
 #pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          multiply(part_sum[i][j], low_a[i], high_b[j]);
-          multiply(part_sum[i][j], high_a[i], low_b[j]);
-          multiply(part_sum[i][j], high_a[i], high_b[j]);
-        }
+        for (int i = 0; i < MT; ++i)
+#pragma unroll
+          for (int j = 0; j < NT; ++j)
+            multiply(part_sum[i][j], term == 0 ? low_a[i] : high_a[i], term == 1 ? low_b[j] : high_b[j]);
     }
 #pragma unroll
     for (int i = 0; i < MT; ++i)
