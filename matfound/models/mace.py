@@ -66,7 +66,7 @@ class MACELayer(nn.Module):
         self.contraction = SymmetricContractionSpec(irreps_sum, irreps_out, degree)
         self.backend, self.residual = backend, residual
         self.linear_in = IrrepsLinear(irreps_in, irreps_in)
-        self.weight_network = RadialMLP([*radial, self.spec.weight_numel], backend=backend)
+        self.weight_network = RadialMLP([*radial, self.spec.weight_numel])
         self.linear_out = IrrepsLinear(self.spec.irreps_out, irreps_sum)
         self.connection = (
             IrrepsLinear(irreps_in, irreps_out, num_elements) if residual else IrrepsLinear(irreps_sum, irreps_sum, num_elements)

@@ -42,7 +42,7 @@ class Interaction(nn.Module):
             elements, as e3nn normalises a product with one-hot vectors) or "none".
         normalize_radial: second-moment factor in the weight network (see `RadialMLP`).
         modalities: width of the one-hot vector that is appended to the scalars of both linear maps.
-        backend: of the tensor product and the weight network, see `matfound.ops.backends`.
+        backend: of the tensor product, see `matfound.ops.backends`.
     """
 
     denominator: Tensor
@@ -66,7 +66,7 @@ class Interaction(nn.Module):
         self.backend = backend
         extra = f"+{modalities}x0e" if modalities else ""
         self.linear_in = IrrepsLinear(irreps_in + extra, irreps_in)
-        self.weight_network = RadialMLP([*radial, self.spec.weight_numel], normalize=normalize_radial, backend=backend)
+        self.weight_network = RadialMLP([*radial, self.spec.weight_numel], normalize=normalize_radial)
         self.linear_out = IrrepsLinear(self.spec.irreps_out + extra, irreps_gate)
         self.elementwise = self_connection in ("nequip", "elements")
         self.connection_scale = num_elements**-0.5 if self_connection == "elements" else 1.0
@@ -119,7 +119,7 @@ class NequIP(Backbone):
         embedding_scale: factor of the element embedding.
         modalities: SevenNet's multi-fidelity models: for each dataset of the vocabulary the row of a one-hot vector that is appended to
             the scalars in both linear maps of every layer and in the readout (arXiv:2409.07947); None has none.
-        backend: of the tensor products and the weight networks.
+        backend: of the tensor products.
     """
 
     channels: int

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from matfound.ops.matmul import matmul
-
 #: Factors that give an activation of a normal variable a second moment of 1 (e3nn's `normalize2mom`).
 SILU_FACTOR = 1.6791767923989418
 TANH_FACTOR = 1.5937334472592695
@@ -64,12 +62,10 @@ class RadialMLP(nn.Module):
     Args:
         sizes: widths from input to output.
         normalize: multiply silu by the factor that keeps the second moment (SevenNet, MACE); plain silu otherwise.
-        backend: of the matrix products, see `matfound.ops.backends`.
     """
 
-    def __init__(self, sizes: Sequence[int], *, normalize: bool = True, backend: str = "auto") -> None:
+    def __init__(self, sizes: Sequence[int], *, normalize: bool = True) -> None:
         super().__init__()
-        self.backend = backend
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([torch.randn(n_in, n_out) for n_in, n_out in pairs])
         self.factor = SILU_FACTOR if normalize else 1.0
@@ -78,7 +74,7 @@ class RadialMLP(nn.Module):
         """Weights of each edge."""
         last = len(self.weights) - 1
         for n, weight in enumerate(self.weights):
-            a = matmul(a, weight / weight.shape[0] ** 0.5, self.backend)
+            a = a @ (weight / weight.shape[0] ** 0.5)
             if n < last:
                 a = self.factor * nn.functional.silu(a)
         return a

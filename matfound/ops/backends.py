@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from matfound.errors import InputError, nearest
-from matfound.ops import gaunt, matmul, so2, symmetric_contraction
+from matfound.ops import gaunt, so2, symmetric_contraction
 from matfound.ops.cuda import compiler
 from matfound.ops.tensor_product import cpu, cuda, reference
 
@@ -19,9 +19,6 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("tensor_product_gather_sum", "reference"): reference.gather_sum,
     ("tensor_product_gather_sum", "cpu"): cpu.gather_sum,
     ("tensor_product_gather_sum", "cuda"): cuda.gather_sum,
-    ("matmul", "reference"): matmul.reference,
-    ("matmul", "cpu"): matmul.reference,
-    ("matmul", "cuda"): matmul.cuda,
     ("symmetric_contraction", "reference"): symmetric_contraction.reference,
     ("so2_rotate", "reference"): so2.rotate,
     ("so2_linear", "reference"): so2.linear,
