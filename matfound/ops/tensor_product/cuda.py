@@ -45,16 +45,16 @@ class _Plan:
         self.fills_in = {path[0] for path in spec.paths} == set(range(len(spec.blocks_in)))
         self.fills_out = {path[2] for path in spec.paths} == set(range(len(spec.blocks_out)))
         self.fused = bool(spec.paths) and is_fused(spec)
-        self._known: dict[tuple[str, torch.dtype, int, str | None], _Launch] = {}
+        self._known: dict[tuple[str, torch.dtype, int, str | None, bool], _Launch] = {}
         self._sums: dict[tuple[torch.dtype, int], Kernel] = {}
 
-    def launch(self, what: str, like: Tensor, given: str | None = None) -> _Launch:
+    def launch(self, what: str, like: Tensor, given: str | None = None, *, table: bool = False) -> _Launch:
         """A kernel for tensors like this one."""
-        key = (what, like.dtype, like.device.index, given)
+        key = (what, like.dtype, like.device.index, given, table)
         found = self._known.get(key)
         if found is None:
             by_output = what in ("tp_forward", "tp_second")
-            source = (cuda_source.forward if by_output else cuda_source.backward)(self.spec, like.dtype, given)
+            source = (cuda_source.forward if by_output else cuda_source.backward)(self.spec, like.dtype, given, table=table)
             parts = groups(self.spec, by_output=by_output, each=channels_in_a_lane(self.spec, like.dtype, given))
             found = self._known[key] = _Launch(kernel(source, what, like.device.index), tuple(part.tiles for part in parts))
         return found
@@ -149,6 +149,35 @@ def _second(
             plan.launch("tp_second", x, given)(atoms, x, y, w, *h, source, by_target, rows_target, dg)
         found = _on_edges(plan, "tp_backward_second", given, (x, y, w, g, *h), (x, y, w), graph, dg if plan.fused else None)
     return (dg, *found)
+
+
+def tabulated_product(spec: TensorProductSpec, x: Tensor, y: Tensor, place: Tensor, table: Tensor, graph: Graph) -> Tensor:
+    """See `matfound.ops.tensor_product.table`."""
+    plan = _plan(spec)
+    source, by_target, rows_target, _, _ = graph
+    atoms = rows_target.shape[0] - 1
+    x, y = _readable(x), torch.cat([y, place.unsqueeze(1)], dim=1)
+    out = _empty(x, atoms, plan.dim_out, full=plan.fills_out)
+    with _on(x.device):
+        plan.launch("tp_forward", x, table=True)(atoms, x, y, table, table.shape[0], source, by_target, rows_target, out)
+    return out
+
+
+def tabulated_gradients(
+    spec: TensorProductSpec, g: Tensor, x: Tensor, y: Tensor, place: Tensor, table: Tensor, graph: Graph
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of features, harmonics and places."""
+    plan = _plan(spec)
+    source, by_target, rows_target, by_source, rows_source = graph
+    g, x, y = _readable(g), _readable(x), torch.cat([y, place.unsqueeze(1)], dim=1)
+    dx = _empty(x, y.shape[0], plan.dim_in, full=plan.fills_in)
+    dy = y.new_empty(y.shape[0], slots(spec, channels_in_a_lane(spec, x.dtype, None)), y.shape[1])
+    with _on(x.device):
+        launch = plan.launch("tp_backward", x, table=True)
+        launch(rows_target.shape[0] - 1, x, y, table, g, table.shape[0], source, by_target, rows_target, dx, dy)
+        summed = plan.segment_sum(dx, by_source, rows_source)
+    dy = dy.sum(1)
+    return summed, dy[:, :-1].contiguous(), dy[:, -1].contiguous()
 
 
 IMPLEMENTATIONS["cuda"] = Implementation(_plan, _product, _gradients, _second)

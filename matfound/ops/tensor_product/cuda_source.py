@@ -1,7 +1,8 @@
 """CUDA source of a tensor product: every coupling written out, with its coefficient in the instruction.
 
-One warp takes the edges that one atom receives, for one input block and 32 or 64 of its channels, and keeps in registers what belongs to the
-atom. So features are read once an edge, weights once, and nothing is added up in memory: no atomic operations, the same bits in every run.
+One warp takes the edges that one atom receives, for one input block and 32 or 64 of its channels, and keeps in registers what belongs to
+the atom. So features are read once an edge, weights once, and nothing is added up in memory: no atomic operations, the same bits in every
+run. What all channels have in common, the harmonics times the couplings, is one small matrix for each path of an edge.
 """
 
 import dataclasses
@@ -84,15 +85,18 @@ _COTANGENTS = "const T* __restrict__ hx, const T* __restrict__ hy, const T* __re
 _GRAPH = "const I* __restrict__ gather, const I* __restrict__ order, const I* __restrict__ rows"
 
 
-def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None) -> str:
+def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None, *, table: bool = False) -> str:
     """`tp_forward(x, y, w, gather, order, rows, out, atoms)`: the sum of products over the edges of each atom.
+
+    With `table`, `tp_forward(x, y, w, table_rows, …)`: w is a table (rows, weights, 4), see `matfound.ops.tensor_product.table`, and y
+    has a column more, which tells the place in it.
 
     With `second`, which names those of "xyw" whose cotangents are given, `tp_second(x, y, w, hx, hy, hw, …)`: the derivative of the
     same along (hx, hy, hw).
     """
     bodies = []
     parts = groups(spec, by_output=True, each=channels_in_a_lane(spec, dtype, second))
-    stages = [Stage(spec, part, [("", "xyw"), ("h", second or "")], dtype) for part in parts]
+    stages = [Stage(spec, part, [("", "xy" if table else "xyw"), ("h", second or "")], dtype, table) for part in parts]
     depth = depth_of(stages, dtype)
     for part, stage in zip(parts, stages, strict=True):
         accumulators = [f"o{out}_{c}" for out, dim in outputs_of(part.paths).items() for c in range(dim)]
@@ -105,8 +109,8 @@ def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = No
         for out, dim in outputs_of(part.paths).items():
             body += [f"if (in) store(out + atom * {width}LL + {out + c * part.mul} + u, o{out}_{c});" for c in range(dim)]
         bodies.append(body)
-    name, cotangents = ("tp_forward", "") if second is None else ("tp_second", f", {_COTANGENTS}")
-    return header(dtype) + kernel_text(name, f"{_INPUTS}{cotangents}, {_GRAPH}, T* __restrict__ out", parts, room_of(stages, depth), bodies)
+    name, more = ("tp_forward", ", I table_rows" if table else "") if second is None else ("tp_second", f", {_COTANGENTS}")
+    return header(dtype) + kernel_text(name, f"{_INPUTS}{more}, {_GRAPH}, T* __restrict__ out", parts, room_of(stages, depth), bodies)
 
 
 def _forward_path(path: Path, dtype: torch.dtype, second: str | None) -> list[str]:
@@ -131,19 +135,21 @@ def _each(rows: Sequence[int], name: str, terms: Sequence[str]) -> list[str]:
     return [f"const V {name}{a} = {' + '.join(terms).format(a=a)};" for a in rows]
 
 
-def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None) -> str:
+def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None, *, table: bool = False) -> str:
     """`tp_backward(x, y, w, g, gather, order, rows, dx, dy, dw, atoms)`: derivatives of <g, out> on each edge.
 
     dx (edges, dim_in) is for the features that the edge gathers, dy (edges, slots, dim_sh) has summands of each warp or part.
     With `second`, `tp_backward_second(x, y, w, g, hx, hy, hw, …)`: derivatives of what the cotangents (hx, hy, hw) make of those, and,
     where `is_fused`, into a last result `dg` what `tp_second` of `forward` makes.
+
+    With `table`, `tp_backward(x, y, w, g, table_rows, …, dx, dy, atoms)`: as in `forward`; dy has the column more, too.
     """
     each = channels_in_a_lane(spec, dtype, second)
     parts = groups(spec, by_output=False, each=each)
     fused = second is not None and is_fused(spec)
-    width = spec.blocks_out.dim
+    width, dim_sh = spec.blocks_out.dim, spec.blocks_sh.dim
     bodies = []
-    stages = [Stage(spec, part, [("", "xyw"), ("h", second or "")], dtype) for part in parts]
+    stages = [Stage(spec, part, [("", "xy" if table else "xyw"), ("h", second or "")], dtype, table) for part in parts]
     depth = depth_of(stages, dtype)
     for number, (part, stage) in enumerate(zip(parts, stages, strict=True)):
         body = [
@@ -155,30 +161,36 @@ def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = N
         body += [f"V {name} = 0;" for name, _ in outputs]
         inner = [f"V dx{x}_{a} = 0;" for x, dim in inputs_of(part.paths).items() for a in range(dim)]
         inner += [f"A dy{n} = 0;" for n in harmonics_of(part.paths)]
-        inner += [f"T* __restrict__ dwr = dw + e * {spec.weight_numel}LL + u;"] if spec.weighted else []
+        if table:
+            inner.append(f"A dy{dim_sh} = 0;")
+        elif spec.weighted:
+            inner.append(f"T* __restrict__ dwr = dw + e * {spec.weight_numel}LL + u;")
         for path in part.paths:
-            inner += ["{", *_backward_path(path, dtype, second), "}"]
+            inner += ["{", *_backward_path(path, dtype, second, f"dy{dim_sh}" if table else None), "}"]
             inner += ["{", *_forward_path(path, dtype, second), "}"] if fused else []
         inner.append(f"T* __restrict__ dxr = dx + e * {spec.blocks_in.dim}LL + u;")
         for x, dim in inputs_of(part.paths).items():
             inner += [f"if (in) store(dxr + {x + a * part.mul}, dx{x}_{a});" for a in range(dim)]
         slot = str(number) if spec.mode == "uuu" else "slot"
-        inner.append(f"A* __restrict__ dyr = dy + (e * {slots(spec, each)}LL + {slot}) * {spec.blocks_sh.dim}LL;")
+        inner.append(f"A* __restrict__ dyr = dy + (e * {slots(spec, each)}LL + {slot}) * {dim_sh + table}LL;")
         if spec.mode == "uuu":
             columns = [(y + b, y + b * part.mul) for y, dim in others_of(part.paths).items() for b in range(dim)]
             inner += [f"if (in) dyr[{column} + u] = dy{n};" for n, column in columns]
         else:
-            inner += _over_lanes(spec.blocks_sh.dim, set(harmonics_of(part.paths)))
+            inner += _over_lanes(dim_sh, set(harmonics_of(part.paths)))
+            inner += _over_all_lanes(dim_sh) if table else []
         stores = [f"if (in) store(dg + atom * {width}LL + {column} + u, {name});" for name, column in outputs]
         bodies.append(body + edge_loop(stage, depth, part.each, inner) + stores)
-    name, cotangents = ("tp_backward", "") if second is None else ("tp_backward_second", f", {_COTANGENTS}")
-    results = "T* __restrict__ dx, A* __restrict__ dy, T* __restrict__ dw" + (", T* __restrict__ dg" if fused else "")
+    name, more = ("tp_backward", ", I table_rows" if table else "") if second is None else ("tp_backward_second", f", {_COTANGENTS}")
+    results = (
+        "T* __restrict__ dx, A* __restrict__ dy" + ("" if table else ", T* __restrict__ dw") + (", T* __restrict__ dg" if fused else "")
+    )
     return header(dtype) + kernel_text(
-        name, f"{_INPUTS}, const T* __restrict__ g{cotangents}, {_GRAPH}, {results}", parts, room_of(stages, depth), bodies
+        name, f"{_INPUTS}, const T* __restrict__ g{more}, {_GRAPH}, {results}", parts, room_of(stages, depth), bodies
     )
 
 
-def _backward_path(path: Path, dtype: torch.dtype, second: str | None) -> list[str]:
+def _backward_path(path: Path, dtype: torch.dtype, second: str | None, place: str | None) -> list[str]:
     x, g, w, dx = f"x{path.x}_", f"g{path.out}_", path.w, f"dx{path.x}_"
     y = [f"y{path.y + b}" for b in range(path.dim_y)]
     dy = [f"d{n}" for n in y]
@@ -188,7 +200,10 @@ def _backward_path(path: Path, dtype: torch.dtype, second: str | None) -> list[s
         lines = [*matrix.values(y, "m", dtype), *matrix.from_output(g, "m", "z")]
         lines += [f"{dx}{a} += {w} * z{a};" for a in rows]
         lines += [*_each(rows, "v", [f"{w} * {x}{{a}}"]), *matrix.gradient("v", g, dy, dtype)]
-        return lines + _gradient_of_weight(path, [f"{x}{a} * z{a}" for a in rows])
+        weight = [f"{x}{a} * z{a}" for a in rows]
+        return lines + (
+            _gradient_of_weight(path, weight) if place is None else [f"add({place}, wd{path.weight} * ({' + '.join(weight) or 'V(0)'}));"]
+        )
     weights: list[str] = []
     lines = []
     if "w" in second or "x" in second:
@@ -238,6 +253,12 @@ def _over_lanes(dim: int, known: set[int]) -> list[str]:
         lines.append(f"if (lane < {count}) dyr[{start} + lane] = v0;")
         lines.append("}")
     return lines
+
+
+def _over_all_lanes(n: int) -> list[str]:
+    """The sum of one number over a warp."""
+    steps = [f"dy{n} += __shfl_xor_sync(~0u, dy{n}, {step});" for step in (16, 8, 4, 2, 1)]
+    return [*steps, f"if (lane == 0) dyr[{n}] = dy{n};"]
 
 
 def segment_sum(dtype: torch.dtype) -> str:

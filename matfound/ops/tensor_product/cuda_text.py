@@ -48,6 +48,19 @@ template <> INLINE V1 load<V1>(const T* p) {{ return GET(*p); }}
 template <> INLINE V2 load<V2>(const T* p) {{ const T2 v = *reinterpret_cast<const T2*>(p); return V2(GET(v.x), GET(v.y)); }}
 INLINE void store(T* p, V1 v) {{ *p = PUT(v); }}
 INLINE void store(T* p, V2 v) {{ T2 pair; pair.x = PUT(v.a); pair.y = PUT(v.b); *reinterpret_cast<T2*>(p) = pair; }}
+// Coefficients of a cubic polynomial for each channel of a lane, and its value with powers of the place.
+template <class V> struct Cubic;
+struct __align__(4 * sizeof(T)) Four {{ T at[4]; }};
+template <> struct Cubic<V1> {{
+  Four c;
+  INLINE V1 value(A t, A t2, A t3) const {{ return GET(c.at[0]) + t * GET(c.at[1]) + t2 * GET(c.at[2]) + t3 * GET(c.at[3]); }}
+  INLINE V1 slope(A two_t, A three_t2) const {{ return GET(c.at[1]) + two_t * GET(c.at[2]) + three_t2 * GET(c.at[3]); }}
+}};
+template <> struct Cubic<V2> {{
+  Cubic<V1> c[2];
+  INLINE V2 value(A t, A t2, A t3) const {{ return V2(c[0].value(t, t2, t3), c[1].value(t, t2, t3)); }}
+  INLINE V2 slope(A two_t, A three_t2) const {{ return V2(c[0].slope(two_t, three_t2), c[1].slope(two_t, three_t2)); }}
+}};
 // Numbers at known places behind two addresses.
 template <int TO, int FROM, int COUNT> INLINE void copy(unsigned to, const T* from) {{
   constexpr int S = sizeof(T);
@@ -73,9 +86,12 @@ class Stage:
         part: of the warp.
         reads: which of "xyw" are read, and those of their cotangents ("h").
         dtype: of the numbers.
+        table: weights and their derivatives are made of a table, at the place that a column after the harmonics tells.
     """
 
-    def __init__(self, spec: TensorProductSpec, part: Group, reads: Sequence[tuple[str, str]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: TensorProductSpec, part: Group, reads: Sequence[tuple[str, str]], dtype: torch.dtype, table: bool = False
+    ) -> None:
         self.rows: list[str] = []
         self.fetches: list[str] = []
         self.loads: list[str] = []
@@ -95,7 +111,13 @@ class Stage:
         self.size = len(columns) * part.channels
         for prefix, names in reads:
             if "y" in names and spec.mode == "uvu":
-                self._harmonics(spec, part, prefix, dtype)
+                self._harmonics(
+                    spec.blocks_sh.dim + table, [*harmonics_of(part.paths), *([spec.blocks_sh.dim] if table else [])], prefix, dtype
+                )
+        if table:
+            weights = _interpolated(spec, part)
+            self.loads += weights
+            self.direct += weights
 
     def _columns(self, spec: TensorProductSpec, part: Group, prefix: str, name: str) -> list[tuple[str, str, int]]:
         """Name, pointer and offset of all that lanes have of their own."""
@@ -111,9 +133,9 @@ class Stage:
             return [(f"{prefix}w{path.weight}", row, path.weight) for path in part.paths]
         return []
 
-    def _harmonics(self, spec: TensorProductSpec, part: Group, prefix: str, dtype: torch.dtype) -> None:
+    def _harmonics(self, dim: int, used: Sequence[int], prefix: str, dtype: torch.dtype) -> None:
         """The second operand where all channels have the same."""
-        dim, used, row = spec.blocks_sh.dim, harmonics_of(part.paths), f"{prefix}yr"
+        row = f"{prefix}yr"
         self.rows.append(f"const T* const {row} = {prefix}y + e * {dim}LL;")
         for start in range(0, dim, LANES):
             condition = f"if (lane < {dim - start}) " if dim - start < LANES else ""
@@ -128,6 +150,23 @@ class Stage:
             self.loads += [f"const A {prefix}y{n} = GET(from[{self.size + n}]);" for n in used]
         self.direct += [f"const A {prefix}y{n} = GET({row}[{n}]);" for n in used]
         self.size += -(-dim // 4) * 4
+
+
+def _interpolated(spec: TensorProductSpec, part: Group) -> list[str]:
+    """Lines that make weights and their derivatives (`wd…`) of a table (rows, weights, 4)."""
+    place, width = f"y{spec.blocks_sh.dim}", 4 * spec.weight_numel
+    lines = [
+        f"I row = (I){place};",
+        "row = row < 0 ? 0 : row >= table_rows ? table_rows - 1 : row;",
+        f"const A at = {place} - row > 1 ? A(1) : {place} - row, at2 = at * at, at3 = at2 * at;",
+        f"const T* const coefficients = w + row * {width} + 4 * u;",
+    ]
+    for n in sorted(path.weight for path in part.paths):
+        lines += [
+            f"const Cubic<V> wc{n} = in ? *reinterpret_cast<const Cubic<V>*>(coefficients + {4 * n}) : Cubic<V>{{}};",
+            f"const V w{n} = wc{n}.value(at, at2, at3), wd{n} = wc{n}.slope(2 * at, 3 * at2);",
+        ]
+    return lines
 
 
 def depth_of(stages: Sequence[Stage], dtype: torch.dtype) -> int:
