@@ -123,48 +123,6 @@ def edge_vectors(batch: AtomicData, graph: str = "main") -> Float[Tensor, "edges
     return _vectors(batch.pos.double(), batch.cell.double(), systems, pairs)
 
 
-class SkinList:
-    """Graphs of a structure that moves, with a search only now and then.
-
-    Candidates are searched out to the largest cutoff + `skin` and re-used until an atom has moved more than skin/2, or the cell, the
-    periodicity or the atoms have changed. The graphs equal those of `add_graphs` at every step.
-
-    Args:
-        graphs: the graphs to set, by name.
-        skin: Å; larger means fewer searches and more candidates.
-    """
-
-    def __init__(self, graphs: Mapping[str, GraphSpec], skin: float = 0.5) -> None:
-        if not skin >= 0:
-            raise InputError(f"skin must be at least 0 Å, received {skin}")
-        self.graphs = dict(graphs)
-        self.skin = skin
-        #: How often candidates were searched for.
-        self.searches = 0
-        self._found: tuple[_Pairs, _Geometry, Tensor] | None = None
-
-    def update(self, data: AtomicData) -> AtomicData:
-        """Set the graphs of `data` in place, as `add_graphs` does, and return it."""
-        if not self.graphs:
-            return data
-        geometry = _geometry(data)
-        if self._found is None or self._moved(self._found, geometry, data.numbers):
-            self._found = None  # nothing is kept should the search fail
-            pairs = _search(geometry, max(spec.cutoff for spec in self.graphs.values()) + self.skin)
-            self._found = (pairs, _Geometry(*(tensor.clone() for tensor in geometry)), data.numbers.clone())
-            self.searches += 1
-        return _set_graphs(data, self.graphs, geometry, self._found[0])
-
-    def _moved(self, found: tuple[_Pairs, _Geometry, Tensor], geometry: _Geometry, numbers: Tensor) -> bool:
-        _, reference, reference_numbers = found
-        if reference.pos.device != geometry.pos.device or not torch.equal(reference_numbers, numbers):
-            return True
-        if not all(torch.equal(getattr(reference, name), getattr(geometry, name)) for name in ("cell", "pbc", "batch")):
-            return True
-        squared = (geometry.pos - reference.pos).square().sum(1)
-        return not bool((squared <= (self.skin / 2) ** 2).all())  # a NaN counts as moved, and the search refuses it
-
-
 def _geometry(data: AtomicData) -> _Geometry:
     if "pos" not in data:
         raise _no_positions(data, 0)

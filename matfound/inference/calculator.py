@@ -14,7 +14,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.outputs import Properties, all_outputs
 
 from matfound.errors import InputError
-from matfound.graphs.neighbors import SkinList
+from matfound.graphs.skin import SkinList
 from matfound.inference.predict import clean, evaluate, has_lattice, model_input, nothing, ready, split
 from matfound.inference.results import as_results
 from matfound.models.base import Potential

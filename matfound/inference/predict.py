@@ -12,7 +12,7 @@ from matfound.fields import FIELDS, Field, find
 from matfound.graphs.neighbors import add_graphs
 from matfound.models import checkpoint
 from matfound.models.base import Potential
-from matfound.structures.atomic_data import AtomicData, check, collate, count_key
+from matfound.structures.atomic_data import AtomicData, check, collate, count_key, volumes
 
 #: Atoms per batch unless told otherwise.
 MAX_ATOMS = 1024
@@ -242,7 +242,7 @@ def nothing(potential: Potential, data: AtomicData) -> dict[str, Tensor]:
 
 def has_lattice(data: AtomicData) -> bool:
     """Whether a stress is defined: periodic somewhere, in a cell with a volume."""
-    return bool(data.pbc.any()) and float(torch.linalg.det(data.cell).abs()) > 0
+    return bool(data.pbc.any()) and float(volumes(data.cell)) > 0
 
 
 def _named(error: InputError, sample: AtomicData, frame: int) -> InputError:

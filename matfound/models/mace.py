@@ -19,14 +19,14 @@ from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff
-from matfound.nn.gradients import leaf_vectors, sum_over
+from matfound.nn.gradients import leaf_vectors, order_of_edges, sum_over
 from matfound.nn.heads import EnergyHead, Readout
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.ops import backends
 from matfound.ops.symmetric_contraction import SymmetricContractionSpec, symmetric_contraction
-from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, edge_order, tensor_product_gather_sum
+from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, tensor_product_gather_sum
 from matfound.structures.atomic_data import AtomicData
 
 
@@ -97,7 +97,8 @@ class MACELayer(nn.Module):
         summed = tensor_product_gather_sum(self.spec, self.linear_in(x), harmonics, weights, source, target, self.backend, order)
         denominator = self.denominator
         if self.density_network is not None:
-            denominator = 1 + sum_over(torch.tanh(self.density_network(radial).square()), target, len(x))
+            starts = None if order is None else order.rows_target
+            denominator = 1 + sum_over(torch.tanh(self.density_network(radial).square()), target, len(x), starts)
         a = self.linear_out(summed) / denominator
         if not self.residual:
             a = self.connect(a, element)
@@ -216,6 +217,7 @@ class MACE(Backbone):
         InputError: irreps that this network does not have.
     """
 
+    exact_cutoff = True
     channels: int
     symmetry: Literal["E3"] = "E3"
     element_row: Tensor
@@ -290,13 +292,12 @@ class MACE(Backbone):
         """Features of every atom; the batch carries the graph "main"."""
         vectors = leaf_vectors(batch)
         source, target = batch.edge_index
-        by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
+        order = order_of_edges(batch)
         scalars = self.features(batch.numbers, vectors, source, target, order)
         pairs = None
         if self.repulsion is not None:
             distances = torch.linalg.vector_norm(vectors.to(scalars.dtype), dim=1)
-            pairs = sum_over(self.repulsion(distances, batch.numbers[source], batch.numbers[target]), target, len(scalars))
+            pairs = sum_over(self.repulsion(distances, batch.numbers[source], batch.numbers[target]), target, len(scalars), order.rows_target)
         return MACEFeatures(scalars=scalars, vectors={MAIN_GRAPH: vectors}, pair_energy=pairs)
 
     def features(

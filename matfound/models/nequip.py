@@ -18,12 +18,12 @@ from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
-from matfound.nn.gradients import leaf_vectors
+from matfound.nn.gradients import leaf_vectors, order_of_edges
 from matfound.nn.heads import atom_dataset
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
-from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, edge_order, tensor_product_gather_sum
+from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, tensor_product_gather_sum
 from matfound.structures.atomic_data import AtomicData
 
 SelfConnection = Literal["linear", "nequip", "elements", "none"]
@@ -122,6 +122,7 @@ class NequIP(Backbone):
         backend: of the tensor products.
     """
 
+    exact_cutoff = True
     channels: int
     element_row: Tensor
     modality_row: Tensor
@@ -203,8 +204,7 @@ class NequIP(Backbone):
         vectors = leaf_vectors(batch)
         source, target = batch.edge_index
         modality = self._modality(batch)
-        by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
+        order = order_of_edges(batch)
         scalars = self.features(batch.numbers, vectors, source, target, modality, order)
         return NodeFeatures(scalars=_append(scalars, modality), vectors={MAIN_GRAPH: vectors})
 
