@@ -532,7 +532,7 @@ def test_skin_list_searches_only_when_it_must():
     assert searches(datum(atoms)) == 2
     atoms.set_cell(atoms.cell.array * 1.01, scale_atoms=True)
     assert searches(datum(atoms)) == 2, "a pair cannot have come closer by the whole skin"
-    atoms.set_cell(atoms.cell.array * 0.95, scale_atoms=True)
+    atoms.set_cell(atoms.cell.array * 0.9, scale_atoms=True)
     assert searches(datum(atoms)) == 3
     atoms.pbc = [True, True, False]
     assert searches(datum(atoms)) == 4
