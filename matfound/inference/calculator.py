@@ -13,6 +13,7 @@ import torch
 from ase.calculators.calculator import Calculator as ASECalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.outputs import Properties, all_outputs
+from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.graphs.skin import SkinList
@@ -140,6 +141,18 @@ class Calculator(ModelCalculator):
         self._known: AtomicData | None = None  # the structure of the last calculation, where that was replayed
         self.implemented_properties = property_names(self.potential.outputs)
 
+    def take(self, atoms: ase.Atoms) -> bool:
+        """Put atoms into `replay`, at once, where they can be replayed."""
+        return self.replay is not None and self.replay.prepare(self._input(from_atoms(atoms, labels=False)), at_once=True)
+
+    def settle(self, atoms: ase.Atoms, predictions: dict[str, Tensor]) -> None:
+        """Make predictions that `replay` made the results for atoms where they are now."""
+        data = self._input(from_atoms(atoms, labels=False))
+        self.results, self.atoms, self._known = as_results(clean(predictions, data)), atoms.copy(), None
+
+    def _input(self, sample: AtomicData) -> AtomicData:
+        return model_input(self.potential, sample, self.head)
+
     def _moved(self, properties: Sequence[str]) -> dict[str, Any] | None:
         if self.replay is None or self._known is None or self.atoms is None:
             return None
@@ -150,7 +163,7 @@ class Calculator(ModelCalculator):
 
     def _predict(self, sample: AtomicData) -> dict[str, Any]:
         self._known = None  # should this fail
-        data = model_input(self.potential, sample, self.head)
+        data = self._input(sample)
         if not data.num_nodes:
             return as_results(nothing(self.potential, data))
         if self.replay is not None and (predictions := self.replay(data)) is not None:

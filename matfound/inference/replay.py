@@ -9,6 +9,7 @@ the replays; the host waits once a step.
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,6 +46,31 @@ def is_possible(potential: Potential) -> bool:
     )
 
 
+def recorded(function: Callable[[], None], device: torch.device, *, warm_ups: int = 1) -> Callable[[], None]:
+    """What a function does to tensors on the device, as a CUDA graph; on a CPU the function itself.
+
+    It is called `warm_ups` times first. The present device must be this one.
+
+    Raises:
+        RuntimeError: something cannot be recorded, or the memory does not suffice.
+    """
+    if device.type != "cuda":
+        return function
+    outside, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+    beside.wait_stream(outside)
+    with torch.cuda.stream(beside):
+        for _ in range(warm_ups):
+            function()
+    outside.wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    finally:
+        torch.cuda.set_stream(outside)  # where it fails, torch stays beside
+    return graph.replay
+
+
 class Program:
     """The tensors of one structure, and what is computed of them: at once on a CPU, as a CUDA graph on a GPU.
 
@@ -69,7 +95,7 @@ class Program:
         #: What is computed: every prediction, the slack of the pairs (Å) and the least squared distance (Å²), one after the other.
         self.results: Tensor | None = None
         self.layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        self.graph: Any = None
+        self._run: Callable[[], None] = self.compute
         pinned = device.type == "cuda"
         self._sent = torch.zeros(3 * atoms + 9, dtype=torch.float64, pin_memory=pinned)
         self._read: Tensor | None = None
@@ -85,6 +111,7 @@ class Program:
         torch.cat([pos.reshape(-1), cell.reshape(-1)], out=self._sent)
         self.inputs[: len(self._sent)].copy_(self._sent, non_blocking=True)
 
+    @torch.no_grad()
     def compute(self) -> None:
         """What the graph records. Nothing here may wait for the GPU, or depend on values."""
         batch = AtomicData(**dict(self.batch))
@@ -106,32 +133,11 @@ class Program:
         Raises:
             RuntimeError: something cannot be recorded, or the memory does not suffice.
         """
-        with torch.no_grad():
-            if self.inputs.device.type != "cuda":
-                self.compute()
-                return
-            outside = torch.cuda.current_stream()
-            beside = torch.cuda.Stream()
-            beside.wait_stream(outside)
-            with torch.cuda.stream(beside):
-                for _ in range(warm_ups):
-                    self.compute()
-            outside.wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    self.compute()
-            finally:
-                torch.cuda.set_stream(outside)  # where it fails, torch stays beside
-            self.graph = graph
+        self._run = recorded(self.compute, self.inputs.device, warm_ups=warm_ups)
 
     def run(self) -> None:
         """Compute the results; they are not waited for."""
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            with torch.no_grad():
-                self.compute()
+        self._run()
 
     def read(self) -> Tensor:
         """The results on the CPU, once they are there."""
@@ -230,16 +236,26 @@ class Replay:
             InputError: two atoms are in one place; and as `matfound.graphs.neighbors.add_graphs`.
         """
         while self.program is not None:
-            with _on(self._device):
+            with self.on_device():
                 self.program.run()
                 results = self.program.read()
-            slack, nearest = results[-2:].tolist()
-            if slack >= 0:
-                if not nearest >= COINCIDENT**2:
-                    add_graphs(AtomicData(**dict(self.program.batch)), self.potential.graphs)  # says which atoms are in one place
+            if self.is_settled(*results[-2:].tolist()):
                 return results
-            self.search()
         return None
+
+    def is_settled(self, slack: float, nearest: float) -> bool:
+        """Whether results are right: no pair was missing (Å) and no two atoms are in one place (Å²). If not, there are new pairs now.
+
+        Raises:
+            InputError: as `settle`.
+        """
+        assert self.program is not None
+        if not slack >= 0:
+            self.search()
+            return False
+        if not nearest >= COINCIDENT**2:
+            add_graphs(AtomicData(**dict(self.program.batch)), self.potential.graphs)  # says which atoms
+        return True
 
     def search(self) -> bool:
         """Search for pairs where the atoms are now, and make a program where there is none with room for them; whether there is one.
@@ -248,7 +264,7 @@ class Replay:
             InputError: positions or a cell that no graph can be built of.
         """
         assert self._structure is not None
-        with _on(self._device):
+        with self.on_device():
             place = self._structure.to(self._device) if self.program is None else self.program.batch
             cutoff = self.potential.graphs[MAIN_GRAPH].cutoff
             pairs, origin = search_pairs(place, cutoff, self.skin)
@@ -284,6 +300,10 @@ class Replay:
         self.program = program
         return True
 
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make a GPU the current one."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
     @property
     def _device(self) -> torch.device:
         return next(self.potential.parameters()).device
@@ -291,11 +311,6 @@ class Replay:
     def _predictions(self) -> dict[str, Tensor] | None:
         results = self.settle()
         return None if results is None or self.program is None else self.program.outputs(results)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _is_alike(one: AtomicData, other: AtomicData) -> bool:
