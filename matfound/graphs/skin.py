@@ -124,11 +124,8 @@ class PaddedEdges:
         #: Beyond the cutoff, and along no edge of a crystal in particular.
         self.pad = pad.to(device)
         self._number = torch.arange(max(atoms + 1, capacity), device=device)
-        place = {"dtype": torch.float64, "device": device}
-        self.origin = Origin(
-            torch.zeros(atoms, 3, **place), torch.zeros(1, 3, 3, **place), torch.zeros(1, 3, 3, **place),
-            torch.zeros(atoms, dtype=torch.int64, device=device),
-        )  # fmt: skip
+        matrix = torch.zeros(1, 3, 3, dtype=torch.float64, device=device)
+        self.origin = Origin(matrix.new_zeros(atoms, 3), matrix, matrix.clone(), torch.zeros(atoms, dtype=torch.int64, device=device))
 
     def set(self, pairs: _Pairs, origin: Origin) -> None:
         """Take these pairs, of which there are at most `capacity`."""

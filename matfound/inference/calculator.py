@@ -76,7 +76,7 @@ class ModelCalculator(ASECalculator):
         _require_lattice(properties, sample)
         self.results = self._predict(sample)
 
-    def _moved(self, properties: Sequence[str]) -> dict[str, Any] | None:  # noqa: ARG002
+    def _moved(self, properties: Sequence[str]) -> dict[str, Any] | None:
         """The results where only the positions have changed since the last calculation, if there is a shorter way to them."""
         return None
 

@@ -1,7 +1,7 @@
 """FIRE with the rules of ASE's optimiser, on the device where a structure is replayed.
 
-A step of the optimiser is recorded as a graph of its own, which follows that of the model; what depends on values is decided there, by masks. So
-positions, velocities and the lattice stay on the GPU, and the host reads a few numbers a step.
+A step of the optimiser is recorded as a graph of its own, which follows that of the model; what depends on values is decided there, by
+masks. So positions, velocities and the lattice stay on the GPU, and the host reads a few numbers a step.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,7 +43,10 @@ def exponential(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def exponential_adjoint(log: Float[Tensor, "3 3"], g: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
-    """The derivative of <g, exp(log)> with respect to log: a block of the exponential of a block matrix (Higham, Functions of Matrices, 3.6)."""
+    """The derivative of <g, exp(log)> with respect to log.
+
+    It is a block of the exponential of a block matrix (Higham, Functions of Matrices, SIAM 2008, eq. 3.16).
+    """
     top, bottom = torch.cat([log.T, g], dim=1), torch.cat([torch.zeros_like(g), log.T], dim=1)
     return exponential(torch.cat([top, bottom]))[:3, 3:]
 
@@ -51,8 +54,8 @@ def exponential_adjoint(log: Float[Tensor, "3 3"], g: Float[Tensor, "3 3"]) -> F
 class ReplayedFIRE:
     """Relaxes the structure that a `Replay` holds (Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006), as in `ase.optimize.FIRE`).
 
-    With the cell, unknowns and forces are those of `ase.filters.FrechetCellFilter`: positions before the deformation since the start, and its
-    logarithm times the number of atoms.
+    With the cell, unknowns and forces are those of `ase.filters.FrechetCellFilter`: positions before the deformation since the start,
+    and its logarithm times the number of atoms.
 
     Args:
         replay: prepared.

@@ -1,10 +1,10 @@
 """One small structure that moves, on a GPU: everything that a step computes is recorded once as a CUDA graph, and then replayed.
 
-Small structures are a matter of launches: a thousand kernels take longer to start than to run, and a graph of them starts as one. It reads and
-writes the same memory in every replay, so that shapes cannot change: edges are all pairs within cutoff + skin, padded to a fixed number
-(`matfound.graphs.skin.PaddedEdges`), for models to which an edge beyond the cutoff is nothing. The graph also measures how far the
-atoms have moved since the pairs were searched. Only then a search, and only for more pairs than there is room for a new graph, interrupt
-the replays; the host waits once a step.
+Small structures are a matter of launches: a thousand kernels take longer to start than to run, and a graph of them starts as one. It
+reads and writes the same memory in every replay, so that shapes cannot change: edges are all pairs within cutoff + skin, padded to a fixed
+number (`matfound.graphs.skin.PaddedEdges`), for models to which an edge beyond the cutoff is nothing. The graph also measures how far the
+atoms have moved, so that the host waits once a step: it searches for pairs when one could be missing, and records a new graph when there
+are more than there is room for.
 """
 
 import logging

@@ -297,7 +297,9 @@ class MACE(Backbone):
         pairs = None
         if self.repulsion is not None:
             distances = torch.linalg.vector_norm(vectors.to(scalars.dtype), dim=1)
-            pairs = sum_over(self.repulsion(distances, batch.numbers[source], batch.numbers[target]), target, len(scalars), order.rows_target)
+            pairs = sum_over(
+                self.repulsion(distances, batch.numbers[source], batch.numbers[target]), target, len(scalars), order.rows_target
+            )
         return MACEFeatures(scalars=scalars, vectors={MAIN_GRAPH: vectors}, pair_energy=pairs)
 
     def features(

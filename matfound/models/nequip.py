@@ -217,7 +217,7 @@ class NequIP(Backbone):
         if not self.modalities:
             return None
         rows = self.modality_row[atom_dataset(batch)]
-        return nn.functional.one_hot(rows, self.num_modalities).to(self.embedding.dtype)
+        return (rows.unsqueeze(1) == torch.arange(self.num_modalities, device=rows.device)).to(self.embedding.dtype)
 
     def features(
         self,

@@ -47,8 +47,8 @@ class _SortedSum(torch.autograd.Function):
 
 def order_of_edges(batch: AtomicData, graph: str = MAIN_GRAPH) -> EdgeOrder:
     """The order of a graph's edges; where they begin is counted, unless the batch brings it along (`edge_rows`)."""
-    key, by_source = graph_key("edge_rows", graph), graph_key("edge_perm", graph)
-    order = batch[by_source] if by_source in batch else None
+    key = graph_key("edge_rows", graph)
+    order = getattr(batch, graph_key("edge_perm", graph), None)
     if key in batch:
         return EdgeOrder(None, batch[key][0], order, batch[key][1])
     source, target = batch[graph_key("edge_index", graph)]
