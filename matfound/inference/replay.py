@@ -7,6 +7,7 @@ atoms have moved, so that the host waits once a step: it searches for pairs when
 are more than there is room for.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -46,6 +47,12 @@ def is_possible(potential: Potential) -> bool:
     )
 
 
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings on a device: libraries keep working memory for every stream that they have ever seen."""
+    return torch.cuda.Stream(device)
+
+
 def recorded(function: Callable[[], None], device: torch.device, *, warm_ups: int = 1) -> Callable[[], None]:
     """What a function does to tensors on the device, as a CUDA graph; on a CPU the function itself.
 
@@ -56,7 +63,7 @@ def recorded(function: Callable[[], None], device: torch.device, *, warm_ups: in
     """
     if device.type != "cuda":
         return function
-    outside, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+    outside, beside = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
     beside.wait_stream(outside)
     with torch.cuda.stream(beside):
         for _ in range(warm_ups):
@@ -64,7 +71,7 @@ def recorded(function: Callable[[], None], device: torch.device, *, warm_ups: in
     outside.wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=beside):
             function()
     finally:
         torch.cuda.set_stream(outside)  # where it fails, torch stays beside
