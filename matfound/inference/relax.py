@@ -141,6 +141,7 @@ def relax(
     _require(calculator, atoms, cell)
     atoms.calc = calculator
     initial = atoms.copy()
+    replayed = optimizer == "FIRE" and max_steps > 0 and _is_replayed(calculator, atoms)
     before = measure(atoms, stress=cell)
     trace: list[Step] = []
     with ExitStack() as stack:
@@ -149,8 +150,7 @@ def relax(
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(Trajectory(str(trajectory), "w", atoms))
-        if optimizer == "FIRE" and _is_replayed(calculator, atoms, before["fmax"] >= fmax or cell, max_steps):
-            assert isinstance(calculator, Calculator)
+        if replayed and (cell or before["fmax"] >= fmax) and isinstance(calculator, Calculator):
             steps = _replayed(calculator, atoms, cell, fmax, max_steps, keep=file is not None)
         else:
             steps = _by_ase(atoms, OPTIMIZERS[optimizer], cell, fmax, max_steps)
@@ -271,9 +271,9 @@ def _by_ase(atoms: ase.Atoms, optimizer: type[Optimizer], cell: bool, fmax: floa
         yield now, bool(done)
 
 
-def _is_replayed(calculator: BaseCalculator, atoms: ase.Atoms, moves: bool, max_steps: int) -> bool:
+def _is_replayed(calculator: BaseCalculator, atoms: ase.Atoms) -> bool:
     """Whether a relaxation stays on the GPU."""
-    if not moves or not max_steps or not all(isinstance(constraint, FixAtoms) for constraint in atoms.constraints):
+    if not all(isinstance(constraint, FixAtoms) for constraint in atoms.constraints):
         return False
     return isinstance(calculator, Calculator) and calculator.take(atoms)
 

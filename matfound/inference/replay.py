@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -63,18 +63,22 @@ def recorded(function: Callable[[], None], device: torch.device, *, warm_ups: in
     """
     if device.type != "cuda":
         return function
-    outside, beside = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
+    outside, beside, graph = torch.cuda.current_stream(), _stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     beside.wait_stream(outside)
     with torch.cuda.stream(beside):
         for _ in range(warm_ups):
             function()
-    outside.wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=beside):
+        torch.cuda.synchronize()
+        # Not `torch.cuda.graph`, which empties torch's cache of memory first: the structures of a run are recorded one after the other.
+        graph.capture_begin()
+        try:
             function()
-    finally:
-        torch.cuda.set_stream(outside)  # where it fails, torch stays beside
+        except BaseException:
+            with suppress(RuntimeError):  # what it would say follows from the error that there is
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    outside.wait_stream(beside)
     return graph.replay
 
 
