@@ -5,8 +5,8 @@
 Rattled silicon; every call moves each atom by a normal step of 0.005 Å along each axis, as 1 fs at room temperature does, and asks for
 energy, forces and stress: milliseconds a call (median and 90th percentile, which shows what searches for neighbours cost), with everything
 that the calculator does on the host. "model" is the part of it from the launch to the results on the host, "search" a search for pairs.
-Forces are compared with the first mode's. A relaxation step (FIRE, fixed cell, and with the cell) is the time of `matfound.relax` for 100
-steps, divided.
+Forces are compared with the first mode's. A relaxation step (FIRE, fixed cell, and with the cell) is the time of `matfound.relax` for
+--relax-steps, divided.
 """
 
 import argparse
@@ -36,6 +36,8 @@ MODES: dict[str, dict[str, Any]] = {
     "replay": {"replay": True},
     "compiled, replay": {"replay": True, "compile": True},
 }
+#: Whether with the cell.
+RELAXATIONS = {"relax_ms": False, "relax_cell_ms": True}
 #: Repetitions of the cubic cell.
 SIZES = {8: 1, 64: 2, 216: 3, 512: 4, 1000: 5, 2744: 7}
 
@@ -112,7 +114,7 @@ def measure(calculator: Calculator, size: int, repeats: int, reference: list[np.
     return {"median_ms": low, "p90_ms": high, "first_five_s": first, "force_difference": worst} | stages(calculator)
 
 
-def relaxation(calculator: Calculator, size: int, *, cell: bool, steps: int = 100) -> float:
+def relaxation(calculator: Calculator, size: int, cell: bool, steps: int) -> float:
     """Milliseconds a step."""
     atoms = silicon(size)
     relax(atoms, calculator, cell=cell, fmax=1e-12, max_steps=5)
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help="default: all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 64, 216, 1000], choices=list(SIZES), metavar="ATOMS")
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--no-relax", action="store_true", help="leave relaxations out")
+    parser.add_argument("--relax-steps", type=int, default=100, help="0 leaves relaxations out (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args(argv)
     return run(args, untrained(args.model) if args.model in UNTRAINED else args.model)
@@ -149,8 +151,8 @@ def run(args: argparse.Namespace, model: "str | Potential") -> int:
         for mode in args.modes:
             calculator = Calculator(model, device=args.device, dtype=args.dtype, **MODES[mode])
             row = {"atoms": size, "mode": mode} | measure(calculator, size, args.repeats, reference)
-            if not args.no_relax:
-                row |= {"relax_ms": relaxation(calculator, size, cell=False), "relax_cell_ms": relaxation(calculator, size, cell=True)}
+            if args.relax_steps:
+                row |= {name: relaxation(calculator, size, cell, args.relax_steps) for name, cell in RELAXATIONS.items()}
             rows.append(row)
             names = ["median_ms", "p90_ms", "model_ms", "search_ms", "relax_ms", "relax_cell_ms", "first_five_s"]
             cells = "".join(f"{row[name]:11.3f}" if name in row else " " * 11 for name in names)

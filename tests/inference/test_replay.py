@@ -101,11 +101,11 @@ def walk(atoms: ase.Atoms, steps: int, seed: int = 0) -> Iterator[ase.Atoms]:
 def test_a_trajectory(name: str) -> None:
     model = potential(name)
     mine, other = Calculator(model, replay=True, skin=0.4), Calculator(model, replay=False)
-    for atoms in walk(silicon(), 24):
+    for atoms in walk(silicon(), 16):
         same(mine, other, atoms, 1e-12)
     assert mine.replay is not None and other.replay is None
     assert mine.replay.recorded == 2, "one program, and another when the crystal had been squeezed"
-    assert 3 <= mine.replay.searches < 12
+    assert 3 <= mine.replay.searches < 8
 
 
 def slab() -> ase.Atoms:
@@ -284,7 +284,7 @@ def test_what_is_recorded_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "options",
     [
-        ("--device", "cpu", "--model", "nequip-tiny", "--modes", "ordinary", "replay", "--repeats", "3"),
+        ("--device", "cpu", "--model", "nequip-tiny", "--modes", "ordinary", "replay", "--repeats", "3", "--relax-steps", "2"),
         pytest.param(("--device", "cuda", "--model", "nequip-tiny"), marks=[pytest.mark.gpu, pytest.mark.slow]),
     ],
     ids=["cpu", "gpu"],
@@ -302,8 +302,7 @@ def test_the_benchmark(repo: Path, tmp_path: Path, options: tuple[str, ...]) -> 
 # ------------------------------------------------------------------------------------------------------------- relaxations
 
 
-@pytest.mark.parametrize("cell", [False, True], ids=["atoms", "cell"])
-@pytest.mark.parametrize("fixed", [False, True], ids=["free", "fixed"])
+@pytest.mark.parametrize(("cell", "fixed"), [(False, True), (True, False), (True, True)], ids=["fixed", "cell", "cell, fixed"])
 def test_steps_are_those_of_ase(cell: bool, fixed: bool, tmp_path: Path) -> None:
     model = potential()
     atoms = silicon()
@@ -337,7 +336,7 @@ def test_a_relaxation_that_outgrows_its_program() -> None:
     atoms = silicon()
     atoms.set_cell(atoms.cell.array * 1.25, scale_atoms=True)
     calculator = Calculator(model, replay=True, skin=0.2)
-    options: dict[str, Any] = {"cell": True, "fmax": 0.01, "max_steps": 60}
+    options: dict[str, Any] = {"cell": True, "fmax": 0.01, "max_steps": 40}
     ours, ase_s = (relax(atoms, one, **options) for one in (calculator, Calculator(model, replay=False)))
     assert [step["energy"] for step in ours.trace] == pytest.approx([step["energy"] for step in ase_s.trace], abs=1e-9)
     assert calculator.replay.searches > 1
@@ -389,7 +388,7 @@ def trajectory(model: Potential, **options: Any) -> tuple[Calculator, list[dict[
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
     model = potential(name, dtype)
@@ -401,7 +400,8 @@ def test_graphs_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> Non
     for results in (first, by_itself):
         for mine, theirs in zip(results, expected, strict=True):
             for key, value in theirs.items():
-                scale = max(1.0, float(np.abs(value).max()))
+                # The dense model has forces of 20 eV/Å, which cancel.
+                scale = max(1.0, float(np.abs(value).max())) * (10 if name == "mace, dense" else 1)
                 np.testing.assert_allclose(mine[key], value, rtol=0, atol=tolerance * scale, err_msg=key)
     for one, other in zip(first, second, strict=True):
         for key, value in one.items():
