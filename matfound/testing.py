@@ -16,6 +16,7 @@ from torch import Tensor
 
 from matfound.fields import FIELDS, MAIN_GRAPH
 from matfound.graphs.neighbors import add_graphs
+from matfound.inference.replay import Replay, is_possible
 from matfound.models.base import Potential
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.nn.so3.layout import from_e3nn, to_e3nn
@@ -63,7 +64,8 @@ def check_model(potential: Potential, structures: Sequence[ase.Atoms] | None = N
     """Everything that a model declares, no more and no less, in float64.
 
     Shapes and finite values; batch = single; translation, permutation and rotation (and reflection for "E3"); forces and stress against
-    finite differences where it is conservative; a supercell's energy; continuity at the cutoff; structures with no edge and no atom.
+    finite differences where it is conservative; a supercell's energy; continuity at the cutoff; structures with no edge and no atom; edges
+    beyond the cutoff where it declares that they are nothing.
 
     Args:
         potential: is cast to float64 and put in eval mode for the checks, and put back afterwards. Element references that nothing has
@@ -88,6 +90,8 @@ def check_model(potential: Potential, structures: Sequence[ase.Atoms] | None = N
         if "energy" in potential.outputs:
             check_continuity(potential)
         check_sparse(potential)
+        if is_possible(potential):
+            check_padding(potential, chosen)
     finally:
         for table in unfit:
             table.fill_(torch.nan)
@@ -291,6 +295,19 @@ def check_sparse(potential: Potential) -> None:
             assert float(out["energy"]) == 0.0, "no atoms must have no energy"
 
 
+def check_padding(potential: Potential, structures: Sequence[ase.Atoms]) -> None:
+    """Edges beyond the cutoff, those of padding among them, change no prediction."""
+    for atoms in structures:
+        if not len(atoms):
+            continue
+        data = from_atoms(atoms, labels=False)
+        data.dataset = torch.zeros(1, dtype=torch.int64)
+        padded = Replay(potential, skin=1.0, patience=0)(data)
+        assert padded is not None, "the model cannot be replayed"
+        for name, expected in evaluate(potential, atoms).items():
+            _close(padded[name], expected, f"edges beyond the cutoff change '{name}'", rtol=1e-11, atol=1e-11)
+
+
 def assert_equivariant(
     function: Callable[..., Tensor], irreps_in: Sequence[str], irreps_out: str, *, rows: int = 5, parity: bool = True, seed: int = 0
 ) -> None:
@@ -344,5 +361,5 @@ def check_op(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
 
 __all__ = [
     "assert_equivariant", "check_batching", "check_continuity", "check_gradients", "check_model", "check_op", "check_outputs",
-    "check_sparse", "check_supercell", "check_symmetry", "evaluate", "prepare", "random_crystal", "rotate",
+    "check_padding", "check_sparse", "check_supercell", "check_symmetry", "evaluate", "prepare", "random_crystal", "rotate",
 ]  # fmt: skip

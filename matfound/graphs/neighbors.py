@@ -123,48 +123,6 @@ def edge_vectors(batch: AtomicData, graph: str = "main") -> Float[Tensor, "edges
     return _vectors(batch.pos.double(), batch.cell.double(), systems, pairs)
 
 
-class SkinList:
-    """Graphs of a structure that moves, with a search only now and then.
-
-    Candidates are searched out to the largest cutoff + `skin` and re-used until an atom has moved more than skin/2, or the cell, the
-    periodicity or the atoms have changed. The graphs equal those of `add_graphs` at every step.
-
-    Args:
-        graphs: the graphs to set, by name.
-        skin: Å; larger means fewer searches and more candidates.
-    """
-
-    def __init__(self, graphs: Mapping[str, GraphSpec], skin: float = 0.5) -> None:
-        if not skin >= 0:
-            raise InputError(f"skin must be at least 0 Å, received {skin}")
-        self.graphs = dict(graphs)
-        self.skin = skin
-        #: How often candidates were searched for.
-        self.searches = 0
-        self._found: tuple[_Pairs, _Geometry, Tensor] | None = None
-
-    def update(self, data: AtomicData) -> AtomicData:
-        """Set the graphs of `data` in place, as `add_graphs` does, and return it."""
-        if not self.graphs:
-            return data
-        geometry = _geometry(data)
-        if self._found is None or self._moved(self._found, geometry, data.numbers):
-            self._found = None  # nothing is kept should the search fail
-            pairs = _search(geometry, max(spec.cutoff for spec in self.graphs.values()) + self.skin)
-            self._found = (pairs, _Geometry(*(tensor.clone() for tensor in geometry)), data.numbers.clone())
-            self.searches += 1
-        return _set_graphs(data, self.graphs, geometry, self._found[0])
-
-    def _moved(self, found: tuple[_Pairs, _Geometry, Tensor], geometry: _Geometry, numbers: Tensor) -> bool:
-        _, reference, reference_numbers = found
-        if reference.pos.device != geometry.pos.device or not torch.equal(reference_numbers, numbers):
-            return True
-        if not all(torch.equal(getattr(reference, name), getattr(geometry, name)) for name in ("cell", "pbc", "batch")):
-            return True
-        squared = (geometry.pos - reference.pos).square().sum(1)
-        return not bool((squared <= (self.skin / 2) ** 2).all())  # a NaN counts as moved, and the search refuses it
-
-
 def _geometry(data: AtomicData) -> _Geometry:
     if "pos" not in data:
         raise _no_positions(data, 0)
@@ -177,7 +135,9 @@ def _set_graphs(data: AtomicData, graphs: Mapping[str, GraphSpec], geometry: _Ge
         graph = _select(pairs, geometry, spec)
         for field, value in graph._asdict().items():
             data[graph_key(field, name)] = value
-        if data.is_batch:
+        if data.is_batch and data.num_systems == 1:
+            data[graph_key("nedges", name)] = torch.full((1,), len(graph.edge_shift), device=geometry.pos.device)
+        elif data.is_batch:
             systems = geometry.batch[graph.edge_index[1]]
             data[graph_key("nedges", name)] = torch.bincount(systems, minlength=data.num_systems)
     return data
@@ -207,9 +167,11 @@ def _select(pairs: _Pairs, geometry: _Geometry, spec: GraphSpec) -> Graph:
     itself = (pairs.source == pairs.target) & (pairs.shift == 0).all(1)
     kept = torch.nonzero((squared.sqrt() < spec.cutoff) & ~itself).squeeze(1)
     pairs, squared = pairs.take(kept), squared[kept]
-    _refuse_coincident(pairs, squared, geometry)
 
-    order = _canonical_order(pairs, squared.sqrt())
+    order, doubts = _by_target_and_distance(pairs.target, squared)
+    if doubts.any():  # the one answer that is waited for
+        _refuse_coincident(pairs, squared, geometry)
+        order = _canonical_order(pairs, squared.sqrt())
     pairs, squared = pairs.take(order), squared[order]
     if spec.max_neighbors is not None:
         mask = _nearest(pairs.target, squared, spec, natoms)
@@ -242,15 +204,22 @@ def _nearest(target: Tensor, squared: Tensor, spec: GraphSpec, natoms: int) -> T
     return squared <= farthest[target]
 
 
-def _canonical_order(pairs: _Pairs, distance: Tensor) -> Tensor:
-    """Permutation that sorts by target, then distance, then source, then shift."""
+def _by_target_and_distance(target: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
+    """The permutation, and for each edge whether it leaves a doubt: it is as long as the one before, or has no length."""
+    distance = squared.sqrt()
     order = _argsort(distance, stable=False)
-    order = order[_argsort(pairs.target[order])]
-    target, sorted_distance = pairs.target[order], distance[order]
-    tied = (target[1:] == target[:-1]) & (sorted_distance[1:] == sorted_distance[:-1])
-    if not tied.any():
-        return order
-    # Equal distances, as in a perfect crystal: sort by every key, the least significant first.
+    order = order[_argsort(target[order])]
+    target, distance = target[order], distance[order]
+    doubts = distance < COINCIDENT
+    doubts[1:] |= (target[1:] == target[:-1]) & (distance[1:] == distance[:-1])
+    return order, doubts
+
+
+def _canonical_order(pairs: _Pairs, distance: Tensor) -> Tensor:
+    """Permutation that sorts by target, then distance, then source, then shift: by every key, the least significant first.
+
+    Distances are equal in a perfect crystal.
+    """
     order = torch.arange(len(distance), device=distance.device)
     for key in (*pairs.shift.flip(1).unbind(1), pairs.source, distance, pairs.target):
         order = order[_argsort(key[order])]

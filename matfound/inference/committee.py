@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from matfound.errors import InputError
-from matfound.graphs.neighbors import SkinList
+from matfound.graphs.skin import SkinList
 from matfound.inference.calculator import ModelCalculator, property_names
 from matfound.inference.predict import clean, evaluate, model_input, nothing, ready, split
 from matfound.inference.results import VARIANCE, as_results

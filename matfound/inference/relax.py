@@ -1,6 +1,7 @@
 """Relaxation of atoms and cell with ASE's optimisers."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ase
 import numpy as np
+import torch
 from ase.calculators.calculator import BaseCalculator
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
@@ -18,6 +20,7 @@ from ase.optimize.optimize import Optimizer
 
 from matfound.errors import InputError, nearest
 from matfound.inference.calculator import Calculator
+from matfound.inference.fire import ReplayedFIRE
 from matfound.inference.results import annotate
 from matfound.models.base import Potential
 from matfound.structures.atomic_data import AtomicData
@@ -108,6 +111,7 @@ def relax(
 
     Constraints stay in force. With `cell`, lattice and atoms relax together in a `ase.filters.FrechetCellFilter`, and fixed atoms keep
     their fractional coordinates. The steps, and where they end, are those of ASE's own `optimizer(atoms).run(fmax, steps=max_steps)`.
+    FIRE of a structure that a `Calculator` can replay on a GPU stays there (`matfound.inference.fire`), with the same steps.
 
     Args:
         structure: ase.Atoms, `AtomicData`, or a pymatgen Structure or Molecule.
@@ -137,6 +141,7 @@ def relax(
     _require(calculator, atoms, cell)
     atoms.calc = calculator
     initial = atoms.copy()
+    replayed = optimizer == "FIRE" and max_steps > 0 and _is_replayed(calculator, atoms)
     before = measure(atoms, stress=cell)
     trace: list[Step] = []
     with ExitStack() as stack:
@@ -145,16 +150,19 @@ def relax(
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(Trajectory(str(trajectory), "w", atoms))
-        target: Any = _CellFilter(atoms) if cell else atoms
+        if replayed and (cell or before["fmax"] >= fmax) and isinstance(calculator, Calculator):
+            steps = _replayed(calculator, atoms, cell, fmax, max_steps, keep=file is not None)
+        else:
+            steps = _by_ase(atoms, OPTIMIZERS[optimizer], cell, fmax, max_steps)
         converged = False
-        for done in OPTIMIZERS[optimizer](target, logfile=None).irun(fmax=fmax, steps=max_steps):
-            trace.append(_step(target, atoms, len(trace)))
+        for now, done in steps:
+            trace.append({"step": len(trace)} | now)
             if file is not None:
                 file.write()
             if show is not None:
                 show(trace[-1])
             _stop_if_wild(trace, before)
-            converged = bool(done)
+            converged = done
     after = measure(atoms, stress=cell) | {"max_displacement": largest_displacement(initial, atoms)}
     held = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.get_indices()}
     names = [name for name in calculator.implemented_properties if name not in _REDUNDANT]
@@ -253,11 +261,45 @@ class _CellFilter(FrechetCellFilter):
         return self._known[1].copy()
 
 
-def _step(target: "ase.Atoms | _CellFilter", atoms: ase.Atoms, step: int) -> Step:
-    out: Step = {"step": step, "energy": float(atoms.get_potential_energy()), "fmax": _largest(target.get_forces())}
-    if target is not atoms:
-        out |= {"max_stress": float(np.abs(atoms.get_stress()).max()), "volume": float(atoms.cell.volume)}
-    return out
+def _by_ase(atoms: ase.Atoms, optimizer: type[Optimizer], cell: bool, fmax: float, max_steps: int) -> Iterator[tuple[Step, bool]]:
+    """Steps, and whether they have converged; the atoms move."""
+    target: Any = _CellFilter(atoms) if cell else atoms
+    for done in optimizer(target, logfile=None).irun(fmax=fmax, steps=max_steps):
+        now: Step = {"energy": float(atoms.get_potential_energy()), "fmax": _largest(target.get_forces())}
+        if cell:
+            now |= {"max_stress": float(np.abs(atoms.get_stress()).max()), "volume": float(atoms.cell.volume)}
+        yield now, bool(done)
+
+
+def _is_replayed(calculator: BaseCalculator, atoms: ase.Atoms) -> bool:
+    """Whether a relaxation stays on the GPU."""
+    if not all(isinstance(constraint, FixAtoms) for constraint in atoms.constraints):
+        return False
+    return isinstance(calculator, Calculator) and calculator.take(atoms)
+
+
+def _replayed(
+    calculator: Calculator, atoms: ase.Atoms, cell: bool, fmax: float, max_steps: int, *, keep: bool
+) -> Iterator[tuple[Step, bool]]:
+    """As `_by_ase` with FIRE, on the GPU; the atoms move with every step only if these are to be kept, and at the end."""
+    replay = calculator.replay
+    assert replay is not None
+    fixed = np.zeros(len(atoms), bool)
+    for constraint in atoms.constraints:
+        fixed[constraint.get_indices()] = True
+    fire = ReplayedFIRE(replay, torch.from_numpy(fixed) if fixed.any() else None, cell=cell, fmax=fmax, max_steps=max_steps)
+    for step, found in enumerate(fire):
+        now: Step = {"energy": found.energy, "fmax": found.fmax}
+        if cell:
+            now |= {"max_stress": found.max_stress, "volume": found.volume}
+        done = found.fmax < fmax
+        if keep or done or step == max_steps or not math.isfinite(found.fmax):
+            pos, vectors, predictions = fire.evaluated()
+            if cell:
+                atoms.set_cell(vectors)
+            atoms.set_positions(pos, apply_constraint=False)
+            calculator.settle(atoms, predictions)
+        yield now, done
 
 
 def _stop_if_wild(trace: list[Step], before: dict[str, Any]) -> None:

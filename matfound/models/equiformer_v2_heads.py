@@ -14,7 +14,7 @@ from matfound.nn.gradients import sum_over
 from matfound.nn.heads import EnergyTable, Float64Buffers, force_scale, pool, system_dataset
 from matfound.nn.norm import NormKind, normalization
 from matfound.nn.so3.harmonics import spherical_harmonics
-from matfound.structures.atomic_data import AtomicData
+from matfound.structures.atomic_data import AtomicData, volumes
 
 
 class EquiformerV2Energy(Head):
@@ -148,7 +148,7 @@ class EquiformerV2Stress(Head):
         trace, yy, zz, off = pressure / 3**0.5, yy / 6**0.5, zz / 2**0.5, 0.5**0.5
         entries = [trace - yy - zz, off * xy, off * xz, off * xy, trace + 2 * yy, off * yz, off * xz, off * yz, trace - yy + zz]
         stress = torch.stack(entries, dim=1).unflatten(1, (3, 3))
-        lattice = batch.pbc.any(dim=1) & (torch.linalg.det(batch.cell).abs() > 0)
+        lattice = batch.pbc.any(dim=1) & (volumes(batch.cell) > 0)
         return {"stress": torch.where(lattice[:, None, None], stress, torch.full_like(stress, torch.nan))}
 
 

@@ -18,7 +18,7 @@ from matfound.nn.gradients import sum_over
 from matfound.nn.heads import EnergyTable, Float64Buffers, atom_dataset, force_scale, gradient_outputs, pool, system_dataset
 from matfound.nn.so3.grid import GateActivation
 from matfound.nn.so3.linear import SO3Linear
-from matfound.structures.atomic_data import AtomicData
+from matfound.structures.atomic_data import AtomicData, volumes
 
 
 class EquiformerV3Energy(Head):
@@ -144,7 +144,7 @@ class EquiformerV3Stress(Head):
         mean = pool(out.flatten(1).double(), batch, "mean").unflatten(1, (9, -1))
         chosen = mean.gather(2, dataset[:, None, None].expand(-1, 9, 1)).squeeze(2)
         stress = self.table.scale[dataset, None, None] * torch.einsum("nk,kab->nab", chosen, _cartesian(chosen.device))
-        lattice = batch.pbc.any(dim=1) & (torch.linalg.det(batch.cell).abs() > 0)
+        lattice = batch.pbc.any(dim=1) & (volumes(batch.cell) > 0)
         return {"stress": torch.where(lattice[:, None, None], stress, torch.full_like(stress, torch.nan))}
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
-from matfound.models.base import Backbone, NodeFeatures, Statistics
+from matfound.models.base import NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff
-from matfound.nn.gradients import leaf_vectors, sum_over
+from matfound.nn.gradients import leaf_vectors, order_of_edges, sum_over
 from matfound.nn.heads import EnergyHead, Readout
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
@@ -27,7 +27,7 @@ from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.nn.tabulated import Tabulated
 from matfound.ops import backends
 from matfound.ops.symmetric_contraction import SymmetricContractionSpec, symmetric_contraction
-from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, edge_order, tensor_product_gather_sum
+from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, tensor_product_gather_sum
 from matfound.ops.tensor_product.table import tensor_product_gather_sum_tabulated
 from matfound.structures.atomic_data import AtomicData
 
@@ -110,7 +110,8 @@ class MACELayer(nn.Module):
             )
         denominator = self.denominator
         if self.density_network is not None:
-            denominator = 1 + sum_over(torch.tanh(self.density_network(radial).square()), target, len(x))
+            starts = None if order is None else order.rows_target
+            denominator = 1 + sum_over(torch.tanh(self.density_network(radial).square()), target, len(x), starts)
         a = self.linear_out(summed) / denominator
         if not self.residual:
             a = self.connect(a, element)
@@ -198,7 +199,7 @@ class MACEFeatures(NodeFeatures):
     pair_energy: Float[Tensor, " atoms"] | None = None
 
 
-class MACE(Tabulated, Backbone):
+class MACE(Tabulated):
     """MACE's architecture, with the options of the MACE-MP-0 models; its energy head is `MACEEnergyHead`.
 
     The scalars of every layer go to the heads, side by side. MACE-MP-0: cutoff 6, elements 1 to 89, and "128x0e" (small),
@@ -229,8 +230,10 @@ class MACE(Tabulated, Backbone):
         InputError: irreps that this network does not have.
     """
 
+    exact_cutoff = True
     channels: int
     symmetry: Literal["E3"] = "E3"
+    basis: TransformedBessel
     element_row: Tensor
 
     def __init__(
@@ -296,7 +299,7 @@ class MACE(Tabulated, Backbone):
 
     def tabulate(self) -> bool:
         """As `Backbone.tabulate`; not where weights depend on elements, too, or there is a density network."""
-        lengths_only = self.transform is None and all(layer.density_network is None for layer in self.layers)  # type: ignore[union-attr]
+        lengths_only = self.transform is None and all(layer.density_network is None for layer in self.layers)
         return lengths_only and super().tabulate()
 
     def fit_scales(self, statistics: Statistics) -> None:
@@ -309,13 +312,14 @@ class MACE(Tabulated, Backbone):
         """Features of every atom; the batch carries the graph "main"."""
         vectors = leaf_vectors(batch)
         source, target = batch.edge_index
-        by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
+        order = order_of_edges(batch)
         scalars = self.features(batch.numbers, vectors, source, target, order)
         pairs = None
         if self.repulsion is not None:
             distances = torch.linalg.vector_norm(vectors.to(scalars.dtype), dim=1)
-            pairs = sum_over(self.repulsion(distances, batch.numbers[source], batch.numbers[target]), target, len(scalars))
+            pairs = sum_over(
+                self.repulsion(distances, batch.numbers[source], batch.numbers[target]), target, len(scalars), order.rows_target
+            )
         return MACEFeatures(scalars=scalars, vectors={MAIN_GRAPH: vectors}, pair_energy=pairs)
 
     def features(

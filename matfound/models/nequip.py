@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
-from matfound.models.base import Backbone, NodeFeatures, Statistics
+from matfound.models.base import NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
-from matfound.nn.gradients import leaf_vectors
+from matfound.nn.gradients import leaf_vectors, order_of_edges
 from matfound.nn.heads import atom_dataset
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.nn.tabulated import Tabulated
-from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, edge_order, tensor_product_gather_sum
+from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, tensor_product_gather_sum
 from matfound.ops.tensor_product.table import tensor_product_gather_sum_tabulated
 from matfound.structures.atomic_data import AtomicData
 
@@ -105,7 +105,7 @@ class Interaction(nn.Module):
         return self.gate(out)
 
 
-class NequIP(Tabulated, Backbone):
+class NequIP(Tabulated):
     """Plain NequIP and SevenNet's architecture in one class.
 
     Args:
@@ -131,6 +131,7 @@ class NequIP(Tabulated, Backbone):
         backend: of the tensor products.
     """
 
+    exact_cutoff = True
     channels: int
     element_row: Tensor
     modality_row: Tensor
@@ -213,8 +214,7 @@ class NequIP(Tabulated, Backbone):
         vectors = leaf_vectors(batch)
         source, target = batch.edge_index
         modality = self._modality(batch)
-        by_source = batch.edge_perm if "edge_perm" in batch else None
-        order = edge_order(source, target, batch.num_nodes, by_source, is_sorted=True)
+        order = order_of_edges(batch)
         scalars = self.features(batch.numbers, vectors, source, target, modality, order)
         return NodeFeatures(scalars=_append(scalars, modality), vectors={MAIN_GRAPH: vectors})
 
@@ -227,7 +227,7 @@ class NequIP(Tabulated, Backbone):
         if not self.modalities:
             return None
         rows = self.modality_row[atom_dataset(batch)]
-        return nn.functional.one_hot(rows, self.num_modalities).to(self.embedding.dtype)
+        return (rows.unsqueeze(1) == torch.arange(self.num_modalities, device=rows.device)).to(self.embedding.dtype)
 
     def features(
         self,

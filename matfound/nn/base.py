@@ -116,6 +116,9 @@ class Backbone(Configurable):
     derivatives of the energy when an atom crosses the cutoff, -1 where it jumps; `channels`, the width of `NodeFeatures.scalars`;
     `elements`, the atomic numbers that it can take.
 
+    `exact_cutoff` says that an edge beyond the cutoff contributes exactly nothing to features and derivatives, so that a batch may hold
+    such edges in any number (the backbone must then take vectors and order of its edges from `matfound.nn.gradients`).
+
     `differentiated` is set by `Potential`: whether a head differentiates the energy by the edge vectors. A backbone may save the work
     where none does.
     """
@@ -125,6 +128,7 @@ class Backbone(Configurable):
     continuity: int = 0
     channels: int
     elements: frozenset[int] = frozenset(range(1, 119))
+    exact_cutoff: bool = False
     differentiated: bool = True
 
     def forward(self, batch: AtomicData) -> NodeFeatures:

@@ -5,6 +5,7 @@ sum over the edges that it sends, and the virial is Σ v ⊗ g: no strain enters
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,19 +13,53 @@ from torch import Tensor
 
 from matfound.fields import MAIN_GRAPH, graph_key
 from matfound.graphs.neighbors import edge_vectors
-from matfound.structures.atomic_data import AtomicData
+from matfound.ops.tensor_product import EdgeOrder, edge_order
+from matfound.structures.atomic_data import AtomicData, volumes
 
 
-def sum_over(values: Float[Tensor, "rows *d"], index: Int[Tensor, " rows"], size: int) -> Float[Tensor, "size *d"]:
-    """Sum of the rows that share an index."""
+def sum_over(
+    values: Float[Tensor, "rows *d"], index: Int[Tensor, " rows"], size: int, starts: Int[Tensor, " size_and_one"] | None = None
+) -> Float[Tensor, "size *d"]:
+    """Sum of the rows that share an index.
+
+    With `starts`, where the rows of each index begin, and the last one's end, the rows are sorted, and are summed in their order: a GPU
+    then gives the same bits in every run.
+    """
+    if size == 1:
+        return values.sum(0, keepdim=True)
+    if starts is not None:
+        found: Tensor = _SortedSum.apply(values, index, starts)
+        return found
     return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
+
+
+class _SortedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return torch.segment_reduce(values, "sum", offsets=starts, axis=0, unsafe=True, initial=0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return g.index_select(0, index), None, None
+
+
+def order_of_edges(batch: AtomicData, graph: str = MAIN_GRAPH) -> EdgeOrder:
+    """The order of a graph's edges; where they begin is counted, unless the batch brings it along (`edge_rows`)."""
+    key = graph_key("edge_rows", graph)
+    order = getattr(batch, graph_key("edge_perm", graph), None)
+    if key in batch:
+        return EdgeOrder(None, batch[key][0], order, batch[key][1])
+    source, target = batch[graph_key("edge_index", graph)]
+    return edge_order(source, target, batch.num_nodes, order, is_sorted=True)
 
 
 def leaf_vectors(batch: AtomicData, graph: str = MAIN_GRAPH) -> Float[Tensor, "edges 3"]:
     """Vectors of a graph's edges, from target to source, Å, float64, with respect to which forces are derivatives.
 
-    A batch brings them along where the model is compiled (`edge_vectors`, `edge_vectors@name`): what is differentiated there must come
-    from outside.
+    A batch brings them along (`edge_vectors`, `edge_vectors@name`) where the model is compiled, since what is differentiated there must
+    come from outside, and where its edges are padded.
     """
     key = graph_key("edge_vectors", graph)
     return batch[key] if key in batch else edge_vectors(batch, graph).detach().requires_grad_(torch.is_grad_enabled())
@@ -54,9 +89,17 @@ def forces_and_stress(
     virial = torch.zeros(systems, 3, 3, dtype=torch.float64, device=energy.device)
     for name, g in zip(names, gradients, strict=True):
         source, target = batch[graph_key("edge_index", name)]
-        forces = forces + sum_over(g, target, batch.num_nodes) - sum_over(g, source, batch.num_nodes)
-        virial = virial + sum_over(vectors[name].unsqueeze(2) * g.unsqueeze(1), batch.batch[target], systems)
-    volume = torch.linalg.det(batch.cell).abs()
+        by_target, by_source = None, None
+        sent = g
+        if graph_key("edge_rows", name) in batch:
+            _, by_target, order, by_source = order_of_edges(batch, name)
+            source, sent = source[order], g[order]
+        forces = forces + sum_over(g, target, batch.num_nodes, by_target) - sum_over(sent, source, batch.num_nodes, by_source)
+        if systems == 1:
+            virial = virial + vectors[name].T @ g
+        else:
+            virial = virial + sum_over(vectors[name].unsqueeze(2) * g.unsqueeze(1), batch.batch[target], systems)
+    volume = volumes(batch.cell)
     lattice = batch.pbc.any(dim=1) & (volume > 0)
     # Divide by 1 where there is no lattice: NaN must not enter the backward pass of the other systems.
     stress = virial / torch.where(lattice, volume, torch.ones_like(volume))[:, None, None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from matfound import fields
@@ -195,6 +195,12 @@ def present_rows(value: Tensor) -> Tensor:
     """Mask (rows,) of the rows of a label that hold a value: no NaN in floats, no -1 in integers."""
     known = ~torch.isnan(value) if value.is_floating_point() else value != -1
     return known.flatten(1).all(1) if known.dim() > 1 else known
+
+
+def volumes(cell: Float[Tensor, "systems 3 3"]) -> Float[Tensor, " systems"]:
+    """Å³, 0 where there is no lattice. No matrix is factored, for which a GPU would be waited for."""
+    a, b, c = cell.unbind(1)
+    return (a * torch.linalg.cross(b, c)).sum(1).abs()
 
 
 def collate(samples: Sequence[AtomicData]) -> AtomicData:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matfound import fields
 from matfound.errors import InputError, nearest
-from matfound.structures.atomic_data import AtomicData, present_rows
+from matfound.structures.atomic_data import AtomicData, present_rows, volumes
 from matfound.tasks.losses import CLASS_LOSSES, LOSSES, REGRESSION_LOSSES, Loss, Total, binary_cross_entropy, cross_entropy, regression
 
 Metric = Literal["mae", "rmse", "accuracy", "auroc", "ap"]
@@ -124,7 +124,7 @@ class Target:
             return _compare_group(prediction, label, system)
         there = present_rows(label)
         if self.field == "stress":
-            there = there & batch.pbc.any(dim=1) & (torch.linalg.det(batch.cell) != 0)
+            there = there & batch.pbc.any(dim=1) & (volumes(batch.cell) > 0)
         if self.free_atoms and "fixed" in batch:
             there = there & (batch.fixed != 1)
         system, label, rows = system[there], label[there], prediction[there].double()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from matfound import unpickle
 from matfound.errors import InputError
 from matfound.graphs import neighbors
-from matfound.graphs.neighbors import Graph, SkinList, add_graphs, edge_vectors, radius_graph
+from matfound.graphs.neighbors import Graph, add_graphs, edge_vectors, radius_graph
+from matfound.graphs.skin import SkinList
 from matfound.graphs.spec import GraphSpec
 from matfound.structures.atomic_data import AtomicData, check_lattice, collate
 
@@ -505,8 +506,9 @@ def test_skin_list_equals_a_fresh_search(atoms, moves):
         if kind in ("small", "large") and len(atoms):
             atoms.positions += rng.normal(0, 0.05 if kind == "small" else 0.5, atoms.positions.shape)
         elif kind == "cell":
-            atoms.positions *= 1.01
-            atoms.cell = atoms.cell.array * 1.01
+            strain = np.eye(3) + rng.normal(0, 0.01 if seed % 2 else 0.1, (3, 3))
+            atoms.positions = atoms.positions @ (strain if seed % 3 else np.eye(3))
+            atoms.cell = atoms.cell.array @ strain
         elif kind == "wrap" and len(atoms):
             atoms.positions[0] += atoms.cell.array[np.flatnonzero(atoms.pbc)].sum(0)
         ase_edge_set(atoms, 5.0)
@@ -528,7 +530,9 @@ def test_skin_list_searches_only_when_it_must():
     assert searches(datum(atoms)) == 1
     atoms.positions[3] = start[3] + [0.251, 0, 0]
     assert searches(datum(atoms)) == 2
-    atoms.set_cell(atoms.cell.array + 1e-9)
+    atoms.set_cell(atoms.cell.array * 1.01, scale_atoms=True)
+    assert searches(datum(atoms)) == 2, "a pair cannot have come closer by the whole skin"
+    atoms.set_cell(atoms.cell.array * 0.9, scale_atoms=True)
     assert searches(datum(atoms)) == 3
     atoms.pbc = [True, True, False]
     assert searches(datum(atoms)) == 4
