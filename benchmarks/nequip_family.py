@@ -148,7 +148,10 @@ def measure(code: Code, task: str, case: Case, device: torch.device, seconds: fl
     row: Row = {"edges": code.edges(batch)}
     if task == "train":
         step = code.train(batch, case.labels(device))
-        return row | {"loss": float(step())} | timing.timed(step, device, seconds)
+        row["loss"] = float(step())
+        if all(parameter.grad is None for parameter in code.trainable):
+            raise RuntimeError("no parameter has a gradient")
+        return row | timing.timed(step, device, seconds)
     infer = code.infer(batch)
     return row | case.judge(infer()) | timing.timed(infer, device, seconds)
 
@@ -194,14 +197,16 @@ def run_model(model: str, args: argparse.Namespace, device: torch.device) -> lis
 
 
 def judge(rows: list[Row]) -> int:
-    """Add ratios and verdicts; how many rows of ours disagree."""
+    """Add ratios and verdicts to the rows of a model; how many of ours disagree."""
     off = 0
     for row in rows:
-        same = [other for other in rows if all(other.get(key) == row.get(key) for key in ("model", "task", "atoms", "structures"))]
+        same = [other for other in rows if all(other.get(key) == row.get(key) for key in ("task", "atoms", "structures"))]
         rivals = [other["ms"] for other in same if "ms" in other and other["code"] not in MODES]
         if "ms" in row and rivals:
             row["ratio"] = min(rivals) / row["ms"]
-        theirs = [other["differences"] for other in rows if other["model"] == row["model"] and other["code"] == "e3nn" and "differences" in other]
+        theirs = [
+            other["differences"] for other in rows if other["model"] == row["model"] and other["code"] == "e3nn" and "differences" in other
+        ]
         if row["code"] in MODES and "differences" in row and theirs:
             limits = {name: 4 * max(found[name][0] for found in theirs if name in found) for name in row["differences"]}
             row["agrees"] = all(error <= limits[name] + 1e-6 * size for name, (error, size) in row["differences"].items())
@@ -214,19 +219,21 @@ def judge(rows: list[Row]) -> int:
 
 
 def show(rows: list[Row]) -> None:
-    """The tables: one for each model, task and size."""
+    """The tables of a model: one for each task and size."""
     title = ""
-    for row in sorted(rows, key=lambda row: (MODELS.index(row["model"]), TASKS.index(row.get("task", TASKS[0])), row.get("atoms", 0))):
-        if "task" not in row:
-            continue
-        edges = max((other.get("edges", 0) for other in rows if (other["model"], other.get("atoms")) == (row["model"], row["atoms"])), default=0)
+    for row in sorted((row for row in rows if "task" in row), key=lambda row: (TASKS.index(row["task"]), row["atoms"])):
+        edges = max(
+            (other.get("edges", 0) for other in rows if (other["model"], other.get("atoms")) == (row["model"], row["atoms"])), default=0
+        )
         if title != (title := f"{row['model']}, {row['task']}: {row['atoms']:,} atoms, {edges:,} edges"):
             print(f"\n{title}\n{'':20s}{'ms':>10s}{'host ms':>10s}{'atoms/s':>11s}{'GiB':>8s}{'x rivals':>10s}   off: eV/atom, eV/Å, eV/Å³")
         if "skipped" in row:
             print(f"{row['code']:20s}  {row['skipped']}")
             continue
         numbers = f"{row['ms']:10.3f}{row['host']:10.3f}{1e3 * row['atoms'] / row['ms']:11,.0f}{row.get('GiB', 0):8.2f}"
-        off = " ".join(f"{error:.1e}" for error, _ in row.get("differences", {}).values()) or (f"loss {row['loss']:.6g}" if "loss" in row else "")
+        off = " ".join(f"{error:.1e}" for error, _ in row.get("differences", {}).values()) or (
+            f"loss {row['loss']:.6g}" if "loss" in row else ""
+        )
         verdict = "" if row.get("agrees", True) else "  DISAGREES"
         print(f"{row['code']:20s}{numbers}{row.get('ratio', float('nan')):9.2f}x   {off}{verdict}")
 
@@ -240,9 +247,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="T", help="default: %(default)s")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="atoms of silicon; default: 8 64 216 1000 (on a CPU 8)")
     parser.add_argument("--batch-atoms", type=int, metavar="N", help="default: 5000 (on a CPU 64)")
-    parser.add_argument("--only", nargs="+", choices=(*MODES, *RIVALS), default=[*MODES, *RIVALS], metavar="CODE", help="default: %(default)s")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*MODES, *RIVALS), default=[*MODES, *RIVALS], metavar="CODE", help="default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell, at least five calls (default %(default)s)")
-    parser.add_argument("--limit", type=int, default=150, help="seconds after which a cell is given up (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=240, help="seconds after which a cell is given up (default %(default)s)")
     parser.add_argument("--require-rivals", action="store_true", help="exit code 1 where a rival is missing or fails")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args(argv)

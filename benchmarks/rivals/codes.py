@@ -23,9 +23,16 @@ Labels = tuple[Tensor, Tensor, Tensor]
 
 
 class Code:
-    """A model in somebody's code, ready to be timed."""
+    """A model in somebody's code, ready to be timed.
 
-    #: Whether it does everything (`tasks` in benchmarks/nequip_family.py), or has a calculator only.
+    Attributes:
+        module: has the parameters.
+        trainable: those of them that are trained; calculators may freeze them.
+        calculator_only: it has a calculator, and nothing else.
+    """
+
+    module: torch.nn.Module
+    trainable: list[torch.nn.Parameter]
     calculator_only = False
 
     @abstractmethod
@@ -44,14 +51,8 @@ class Code:
     def outputs(self, batch: Any, *, training: bool) -> Outputs:
         """The forward pass; `training` keeps the graph for a loss on forces."""
 
-    @property
-    @abstractmethod
-    def module(self) -> torch.nn.Module:
-        """What has the parameters."""
-
     def infer(self, batch: Any) -> Callable[[], Outputs]:
         """Energies, forces and, where the benchmark has it, stress."""
-        self.trainable = getattr(self, "trainable", None) or [p for p in self.module.parameters() if p.requires_grad]
         for parameter in self.trainable:
             parameter.requires_grad_(False)
         self.module.eval()
@@ -59,7 +60,6 @@ class Code:
 
     def train(self, batch: Any, labels: Labels) -> Callable[[], Tensor]:
         """The gradient of a loss of all outputs with respect to every parameter; the loss is returned."""
-        self.trainable = getattr(self, "trainable", None) or [p for p in self.module.parameters() if p.requires_grad]
         for parameter in self.trainable:
             parameter.requires_grad_(True)
         self.module.train()
@@ -89,14 +89,10 @@ class Ours(Code):
 
     def __init__(self, potential: Potential, device: torch.device, *, stress: bool, **options: Any) -> None:
         self.device, self.stress, self.options = device, stress, options
-        self.potential = ready(potential, device)
+        self.module = self.potential = ready(potential, device)
+        self.trainable = list(self.potential.parameters())
         if options.get("compile"):
             self.potential.compile()
-        self.trainable = list(self.potential.parameters())
-
-    @property
-    def module(self) -> Potential:
-        return self.potential
 
     def calculator(self) -> Any:
         from matfound import Calculator

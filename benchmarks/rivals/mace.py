@@ -82,11 +82,8 @@ class MACETorch(Code):
             self.model = original(dtype)
             if script is not None:
                 self.model = import_module(script).run(self.model, device=device.type, return_model=True)
-        self.model.to(device)
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.model
+        self.module = self.model.to(device)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
     def calculator(self) -> Any:
         from mace.calculators import MACECalculator

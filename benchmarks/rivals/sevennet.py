@@ -50,10 +50,7 @@ class SevenNet(Code):
         self.model.set_is_batch_data(True)
         if option is not None and any(isinstance(module, TensorProduct) for module in self.model.modules()):
             raise RuntimeError("sevenn took e3nn's product all the same")
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.model
+        self.module, self.trainable = self.model, [p for p in self.model.parameters() if p.requires_grad]
 
     def calculator(self) -> Any:
         from sevenn.calculator import SevenNetCalculator
@@ -93,4 +90,3 @@ def sharpen(model: torch.nn.Module) -> None:
         if found := re.search(r"_w3j_(\d)_(\d)_(\d)$", name):
             exact = wigner_3j(*map(int, found.groups()), dtype=torch.float64).to(tensor.device)
             tensor.copy_(exact * torch.sign((exact * tensor).sum()))
-

@@ -45,22 +45,24 @@ def timed(
     Args:
         call: what is timed.
         device: where it computes; on a GPU, time passes between two events around the call.
-        seconds: as many calls as fit, but from 5 to 100.
+        seconds: as many calls as fit, but from 5 (3 of slow ones) to 100.
         prepare: called before each call, and not timed.
         wall: for calls that bring their results to the host: `ms` by the host's clock.
-        warm: calls before.
+        warm: calls before; two of slow ones.
     """
     cuda = device.type == "cuda"
     prepare = prepare or (lambda: None)
-    for _ in range(warm):
-        prepare()
-        call()
+    began = time.perf_counter()
+    for n in range(warm):
+        if n < 2 or time.perf_counter() < began + 4 * seconds:
+            prepare()
+            call()
     if cuda:
         clean()
     spent: list[float] = []
     host: list[float] = []
     stop = time.perf_counter() + seconds
-    while len(spent) < 5 or (time.perf_counter() < stop and len(spent) < 100):
+    while len(spent) < (5 if time.perf_counter() < stop + seconds else 3) or (time.perf_counter() < stop and len(spent) < 100):
         prepare()
         if cuda:
             torch.cuda.synchronize()
