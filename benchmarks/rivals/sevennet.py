@@ -34,6 +34,7 @@ class SevenNet(Code):
     """
 
     def __init__(self, name: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        import sevenn.train.dataload  # noqa: F401 - what else is needed later: an error is to come now
         from sevenn.util import load_checkpoint
 
         option, package = BACKENDS[backend]
