@@ -242,8 +242,9 @@ def show(rows: list[Row]) -> None:
         off = " ".join(f"{error:.1e}" for error, _ in row.get("differences", {}).values()) or (
             f"loss {row['loss']:.6g}" if "loss" in row else ""
         )
+        ratio = f"{row['ratio']:9.2f}x" if "ratio" in row else f"{'':10s}"
         verdict = "" if row.get("agrees", True) else "  DISAGREES"
-        print(f"{row['code']:20s}{numbers}{row.get('ratio', float('nan')):9.2f}x   {off}{verdict}")
+        print(f"{row['code']:20s}{numbers}{ratio}   {off}{verdict}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,9 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="T", help="default: %(default)s")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="atoms of silicon; default: 8 64 216 1000 (on a CPU 8)")
     parser.add_argument("--batch-atoms", type=int, metavar="N", help="default: 5000 (on a CPU 64)")
-    parser.add_argument(
-        "--only", nargs="+", choices=(*MODES, *RIVALS), default=[*MODES, *RIVALS], metavar="CODE", help="default: %(default)s"
-    )
+    codes = [*MODES, *RIVALS]
+    parser.add_argument("--only", nargs="+", choices=codes, metavar="CODE", help=f"default: {' '.join(codes)} (on a CPU nothing compiled)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell, at least five calls (default %(default)s)")
     parser.add_argument("--limit", type=int, default=240, help="seconds after which a cell is given up (default %(default)s)")
     parser.add_argument("--require-rivals", action="store_true", help="exit code 1 where a rival is missing or fails")
