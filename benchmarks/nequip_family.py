@@ -212,9 +212,7 @@ def judge(rows: list[Row]) -> int:
         rivals = [other["ms"] for other in same if "ms" in other and other["code"] not in MODES]
         if "ms" in row and rivals:
             row["ratio"] = min(rivals) / row["ms"]
-        theirs = [
-            other["differences"] for other in rows if other["model"] == row["model"] and other["code"] == "e3nn" and "differences" in other
-        ]
+        theirs = [other["differences"] for other in rows if other["code"] == "e3nn" and "differences" in other]
         if row["code"] in MODES and "differences" in row and theirs:
             limits = {name: 4 * max(found[name][0] for found in theirs if name in found) for name in row["differences"]}
             row["agrees"] = all(error <= limits[name] + 1e-6 * size for name, (error, size) in row["differences"].items())
@@ -230,18 +228,16 @@ def show(rows: list[Row]) -> None:
     """The tables of a model: one for each task and size."""
     title = ""
     for row in sorted((row for row in rows if "task" in row), key=lambda row: (TASKS.index(row["task"]), row["atoms"])):
-        edges = max(
-            (other.get("edges", 0) for other in rows if (other["model"], other.get("atoms")) == (row["model"], row["atoms"])), default=0
-        )
-        if title != (title := f"{row['model']}, {row['task']}: {row['atoms']:,} atoms, {edges:,} edges"):
+        edges = max(other.get("edges", 0) for other in rows if other.get("atoms") == row["atoms"])
+        size = f"{row['atoms']:,} atoms" + (f", {edges:,} edges" if edges else "")
+        if title != (title := f"{row['model']}, {row['task']}: {size}"):
             print(f"\n{title}\n{'':20s}{'ms':>10s}{'host ms':>10s}{'atoms/s':>11s}{'GiB':>8s}{'x rivals':>10s}   off: eV/atom, eV/Å, eV/Å³")
         if "skipped" in row:
             print(f"{row['code']:20s}  {row['skipped']}")
             continue
         numbers = f"{row['ms']:10.3f}{row['host']:10.3f}{1e3 * row['atoms'] / row['ms']:11,.0f}{row.get('GiB', 0):8.2f}"
-        off = " ".join(f"{error:.1e}" for error, _ in row.get("differences", {}).values()) or (
-            f"loss {row['loss']:.6g}" if "loss" in row else ""
-        )
+        off = " ".join(f"{error:.1e}" for error, _ in row.get("differences", {}).values())
+        off += f"loss {row['loss']:.6g}" if "loss" in row else ""
         ratio = f"{row['ratio']:9.2f}x" if "ratio" in row else f"{'':10s}"
         verdict = "" if row.get("agrees", True) else "  DISAGREES"
         print(f"{row['code']:20s}{numbers}{ratio}   {off}{verdict}")
