@@ -330,7 +330,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=90, help="seconds after which a cell is given up (default %(default)s)")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args(argv)
-    torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device(args.device)
     speed = timing.bandwidth(device)
     result: dict[str, Any] = {"matfound": __version__, **timing.environment(device), "bandwidth": speed, "cells": []}

@@ -23,8 +23,9 @@ PACKAGES = (
 
 
 def clean() -> None:
-    """Free what is left of the call before, and start counting memory anew."""
+    """Free what is left of the code before, and start counting memory anew; TF32 off, whatever that code has set."""
     gc.collect()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -58,7 +59,8 @@ def timed(
             prepare()
             call()
     if cuda:
-        clean()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     spent: list[float] = []
     host: list[float] = []
     stop = time.perf_counter() + seconds
