@@ -13,20 +13,18 @@ SevenNet-0 and -l3i5 have their published weights (energy, forces and stress); M
 
 A row is a code: median ms of a call, host ms until it returns, atoms/s, the peak that torch allocated, and how many times as fast it is
 as the fastest rival. Agreement is the largest difference from the rival's e3nn code in float64, which for ours must be at most four times
-that code's own in float32, plus 1e-6 of the largest number: otherwise, the exit code is 1. A rival that is missing or fails is a row that
-says why. Needs sevenn 0.13.0 and mace-torch 0.3.16 with their dependencies; openequivariance, cuequivariance-torch with its operations and
-FlashTP where they are to be compared with.
+that code's own in float32, plus 1e-6 of the largest number: otherwise, and where ours fails, the exit code is 1. A rival that is missing
+or fails is a row that says why. Needs sevenn 0.13.0 and mace-torch 0.3.16 with their dependencies; openequivariance, cuequivariance-torch
+with its operations and FlashTP where they are to be compared with.
 """
 
 import argparse
 import functools
-import inspect
 import json
 import logging
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from rivals import mace, sevennet, timing
 from rivals.codes import Code, Labels, Ours, Outputs, default_dtype
 
 import matfound
-from matfound import Calculator, __version__
 
 MODELS = (*sevennet.NAMES, "mace")
 TASKS = ("ase", "model", "batch", "train")
@@ -63,8 +60,6 @@ def makers(model: str, device: torch.device) -> dict[str, Callable[[], Code]]:
         theirs = {key: functools.partial(sevennet.SevenNet, model, key, device) for key in sevennet.BACKENDS}
 
     def ours(options: dict[str, Any]) -> Code:
-        if missing := options.keys() - inspect.signature(Calculator).parameters:
-            raise NotImplementedError(f"Calculator has no option {', '.join(missing)}")
         return Ours(potential(), device, stress=model != "mace", **options)
 
     return {key: functools.partial(ours, options) for key, (options, _) in MODES.items()} | theirs
@@ -163,7 +158,7 @@ def measure(code: Code, calculator: Any, task: str, case: Case, device: torch.de
     return row | timing.timed(infer, device, seconds) | case.judge(infer())
 
 
-def run_model(model: str, args: argparse.Namespace, device: torch.device) -> list[Row]:
+def run_model(model: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """All rows of a model, code by code."""
     made = makers(model, device)
     try:
@@ -174,17 +169,14 @@ def run_model(model: str, args: argparse.Namespace, device: torch.device) -> lis
     single = {size: Case([timing.silicon(size)], reference) for size in args.sizes} if {"ase", "model"} & set(args.tasks) else {}
     batch = Case(timing.crystals(args.batch_atoms), reference) if {"batch", "train"} & set(args.tasks) else None
     reference = None
-    rows: list[Row] = []
     for key in (key for key in made if key in args.only):
         timing.clean()
         head: Row = {"model": model, "code": key}
-        began = time.perf_counter()
         try:
             with timing.limit(args.limit):
                 code = made[key]()
         except Exception as error:  # noqa: BLE001 - one that fails must not end the comparison
-            rows.append(head | {"skipped": timing.why(error)})
-            print(f"{model:14s} {key:18s} {rows[-1]['skipped']}", flush=True)
+            yield head | {"skipped": timing.why(error)}
             continue
         wanted = MODES[key][1] if key in MODES else ("ase",) if code.calculator_only else TASKS
         cells = [(task, case) for task in args.tasks if task in wanted for case in (single.values() if task in TASKS[:2] else [batch])]
@@ -200,10 +192,8 @@ def run_model(model: str, args: argparse.Namespace, device: torch.device) -> lis
                     row |= measure(code, calculator, task, case, device, args.seconds)
             except Exception as error:  # noqa: BLE001
                 row["skipped"] = timing.why(error)
-            rows.append(row)
-        print(f"{model:14s} {key:18s} {time.perf_counter() - began:6.1f} s", flush=True)
+            yield row
         del code, calculator
-    return rows
 
 
 def judge(rows: list[Row]) -> int:
@@ -267,18 +257,28 @@ def main(argv: list[str] | None = None) -> int:
     args.only = args.only or [code for code in codes if device.type == "cuda" or not code.endswith("compiled")]
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    result = {"matfound": __version__, **timing.environment(device), "rows": []}
+    rows: list[Row] = []
+    result = {"matfound": matfound.__version__, **timing.environment(device), "rows": rows}
     print(f"{result['device']}, " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     off = 0
     for model in args.models:
-        rows = run_model(model, args, device)
-        off += judge(rows)
-        show(rows)
-        result["rows"] += rows
-        if args.out:
-            Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    missing = [row for row in result["rows"] if "skipped" in row and row["code"] not in MODES]
+        for row in run_model(model, args, device):
+            rows.append(row)
+            found = row.get("skipped") or f"{row['ms']:10.3f} ms"
+            print(f"{model:14s} {row['code']:20s} {row.get('task', ''):6s} {row.get('atoms', ''):5} {found}", flush=True)
+            write(result, args.out)
+        off += judge(mine := [row for row in rows if row["model"] == model])
+        show(mine)
+    write(result, args.out)
+    off += sum(not row["skipped"].startswith("not installed") for row in rows if "skipped" in row and row["code"] in MODES)
+    missing = [row for row in rows if "skipped" in row and row["code"] not in MODES]
     return 1 if off or (args.require_rivals and missing) else 0
+
+
+def write(result: dict[str, Any], file: str | None) -> None:
+    """What there is so far."""
+    if file:
+        Path(file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
