@@ -18,8 +18,8 @@ from matfound.structures.atomic_data import volumes
 
 #: ASE's defaults: time step, its largest value, steps before it grows, factors, mixing and its factor, the longest step (Å).
 DT, DT_MAX, N_MIN, F_INC, F_DEC, A_START, F_A, MAX_STEP = 0.1, 1.0, 5, 1.1, 0.5, 0.1, 0.99, 0.2
-#: Terms and squarings of the matrix exponential: exact for any strain that a relaxation survives.
-TERMS, SQUARINGS = 12, 5
+#: Terms and squarings of the matrix exponential: exact to 1e-16 for logarithms up to 1, which is more strain than a relaxation survives.
+TERMS, SQUARINGS = 9, 4
 
 
 class Progress(NamedTuple):
@@ -75,6 +75,7 @@ class ReplayedFIRE:
         self.start = program.frame[:3].clone()
         extra = [torch.zeros(3, 3, dtype=torch.float64, device=device)] if cell else []
         self.x = torch.cat([program.pos, *extra])
+        self.deformation = torch.eye(3, dtype=torch.float64, device=device)
         self.velocity = torch.zeros_like(self.x)
         #: Time step, mixing, steps downhill, steps so far.
         self.state = torch.tensor([DT, A_START, 0.0, 0.0], dtype=torch.float64, device=device)
@@ -147,19 +148,19 @@ class ReplayedFIRE:
         for old, new in zip((self.x, self.velocity, self.state), self._advanced(f), strict=True):
             old.copy_(torch.where(going, new, old))
         if self.cell:
-            deformation = exponential(self.x[self.atoms :] / self.atoms).T
-            torch.mm(self.x[: self.atoms], deformation, out=program.pos)
-            torch.mm(self.start, deformation, out=cell)
+            self.deformation.copy_(exponential(self.x[self.atoms :] / self.atoms))
+            torch.mm(self.x[: self.atoms], self.deformation.T, out=program.pos)
+            torch.mm(self.start, self.deformation.T, out=cell)
         else:
             program.pos.copy_(self.x)
 
     def _with_cell(self, forces: Tensor, stress: Tensor, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Forces on the positions before the deformation, and on its logarithm."""
+        now = self.deformation
+        cofactors = torch.linalg.cross(now.roll(-1, 0), now.roll(-2, 0))
+        inverse = cofactors / (now[0] * cofactors[0]).sum()  # of the transpose
         log = self.x[self.atoms :] / self.atoms
-        deformation = exponential(log)
-        cofactors = torch.linalg.cross(deformation.roll(-1, 0), deformation.roll(-2, 0))
-        inverse = cofactors / (deformation[0] * cofactors[0]).sum()  # of the transpose
-        return forces @ deformation, exponential_adjoint(log, -volume * stress @ inverse) / self.atoms
+        return forces @ now, exponential_adjoint(log, -volume * stress @ inverse) / self.atoms
 
     def _advanced(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unknowns, velocities and numbers after a step."""
