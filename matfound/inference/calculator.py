@@ -143,9 +143,10 @@ class Calculator(ModelCalculator):
 
     def take(self, atoms: ase.Atoms) -> bool:
         """Put atoms into `replay`, at once, where they can be replayed."""
+        self._known = None
         return self.replay is not None and self.replay.prepare(self._input(from_atoms(atoms, labels=False)), at_once=True)
 
-    def settle(self, atoms: ase.Atoms, predictions: dict[str, Tensor]) -> None:
+    def adopt(self, atoms: ase.Atoms, predictions: dict[str, Tensor]) -> None:
         """Make predictions that `replay` made the results for atoms where they are now."""
         data = self._input(from_atoms(atoms, labels=False))
         self.results, self.atoms, self._known = as_results(clean(predictions, data)), atoms.copy(), None

@@ -293,12 +293,12 @@ def _replayed(
         if cell:
             now |= {"max_stress": found.max_stress, "volume": found.volume}
         done = found.fmax < fmax
-        if keep or done or step == max_steps or not math.isfinite(found.fmax):
+        if keep or done or step == max_steps or not math.isfinite(found.energy + found.fmax):
             pos, vectors, predictions = fire.evaluated()
             if cell:
                 atoms.set_cell(vectors)
             atoms.set_positions(pos, apply_constraint=False)
-            calculator.settle(atoms, predictions)
+            calculator.adopt(atoms, predictions)
         yield now, done
 
 

@@ -112,7 +112,8 @@ class Program:
         self._read: Tensor | None = None
 
     def load(self, batch: AtomicData) -> None:
-        """Take another structure with tensors of the same shapes; its pairs must be set, too."""
+        """Take another structure with tensors of the same shapes. No pair counts until its own are set."""
+        self.edges.origin.pos.fill_(torch.nan)
         for name, value in batch:
             if isinstance(value, Tensor):
                 self.batch[name].copy_(value)

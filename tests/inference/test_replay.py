@@ -200,6 +200,14 @@ def test_errors_stay_what_they_are() -> None:
     atoms.positions[0] += 0.01
     with pytest.raises(InputError, match="has not seen the element Au"):
         atoms.get_forces()
+    other = silicon(seed=3)
+    other.positions[0] = np.nan
+    other.pbc = [True, True, False]
+    other.calc = calculator
+    with pytest.raises(InputError, match="not finite"):
+        other.get_forces()
+    other.positions[:] = silicon().positions
+    same(calculator, Calculator(calculator.potential, replay=False), other, 1e-12)
     atoms.numbers[0] = 14
     same(calculator, Calculator(calculator.potential, replay=False), atoms, 1e-12)
 
@@ -328,6 +336,20 @@ def test_steps_are_those_of_ase(cell: bool, fixed: bool, tmp_path: Path) -> None
     )
     np.testing.assert_allclose(ours.atoms.get_stress(), ase_s.atoms.get_stress(), atol=1e-9)
     assert calculator.replay.searches < 10, "one calculation a step"
+
+
+def test_a_relaxation_in_between() -> None:
+    """Of other atoms, as many: what was calculated before goes on as it was."""
+    calculator = Calculator(potential(), replay=True)
+    atoms, other = silicon(), silicon(seed=4)
+    other.numbers[:2] = 8
+    same(calculator, Calculator(calculator.potential, replay=False), atoms, 1e-12)
+    relax(other, calculator, max_steps=2)
+    atoms.positions[0, 0] += 0.1
+    same(calculator, Calculator(calculator.potential, replay=False), atoms, 1e-12)
+    assert calculator.take(other)
+    atoms.positions[0, 0] += 0.1
+    same(calculator, Calculator(calculator.potential, replay=False), atoms, 1e-12)
 
 
 def test_a_relaxation_that_outgrows_its_program() -> None:
