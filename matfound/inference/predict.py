@@ -25,7 +25,8 @@ _ENERGIES = Field("energies", "atom", unit="eV", irreps="0e", description="energ
 def ready(model: str | Path | Potential, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
     """A potential for inference: loaded if need be, on `device`, in `dtype`, in eval mode, without parameter gradients.
 
-    A `Potential` that was handed in is copied, so that the caller's, perhaps in training, stays as it is.
+    A `Potential` that was handed in is copied, so that the caller's, perhaps in training, stays as it is. On a GPU weight networks of
+    the lengths of edges give way to tables that are as exact (`matfound.nn.tabulated`).
 
     Args:
         model: name or folder of a checkpoint, or a potential.
@@ -39,7 +40,10 @@ def ready(model: str | Path | Potential, device: str | torch.device = "cpu", dty
     place = usable_device(device)
     potential = copy.deepcopy(model) if isinstance(model, Potential) else checkpoint.load(model)
     potential.to(device=place, dtype=wanted)
-    return potential.eval().requires_grad_(False)
+    potential.eval().requires_grad_(False)
+    if place.type == "cuda":
+        potential.backbone.tabulate()
+    return potential
 
 
 def usable_device(device: str | torch.device) -> torch.device:

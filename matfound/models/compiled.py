@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SPECIAL_SIZES = (0, 1)
 #: What torch may compile anew for one model: for training and not, one structure and many, other devices and types.
 RECOMPILATIONS = 32
+#: Sums of fewer terms are written out: those over x, y, z and over radial functions.
+UNROLLED = 33
 
 
 def is_possible() -> bool:
@@ -43,7 +45,9 @@ class CompiledForward:
     def __init__(self, backend: str = "inductor") -> None:
         # torch counts recompilations of a code object, whoever it was compiled for: each model has one of its own.
         own = FunctionType(_predict.__code__.replace(), _predict.__globals__, closure=_predict.__closure__)
-        self.function = torch.compile(own, fullgraph=True, dynamic=True, backend=backend)
+        # Triton 3.6 cannot compile sums over a few columns that are fused with sums over three: written out, there are none.
+        options = {"unroll_reductions_threshold": UNROLLED} if backend == "inductor" else None
+        self.function = torch.compile(own, fullgraph=True, dynamic=True, backend=backend, options=options)
         self.backend = backend
         self.known: set[tuple[torch.device, torch.dtype, bool]] = set()
 

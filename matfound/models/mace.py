@@ -24,9 +24,11 @@ from matfound.nn.heads import EnergyHead, Readout
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
+from matfound.nn.tabulated import Tabulated
 from matfound.ops import backends
 from matfound.ops.symmetric_contraction import SymmetricContractionSpec, symmetric_contraction
 from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, tensor_product_gather_sum
+from matfound.ops.tensor_product.table import tensor_product_gather_sum_tabulated
 from matfound.structures.atomic_data import AtomicData
 
 
@@ -46,6 +48,7 @@ class MACELayer(nn.Module):
     """
 
     denominator: Tensor
+    table: Tensor | None
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class MACELayer(nn.Module):
         self.linear_product = IrrepsLinear(irreps_out, irreps_out)
         self.density_network = RadialMLP([radial[0], 1]) if density else None
         self.register_buffer("denominator", torch.ones(()))
+        self.register_buffer("table", None, persistent=False)
 
     def connect(self, x: Float[Tensor, "rows dim"], element: Int[Tensor, " rows"]) -> Float[Tensor, "rows dim_out"]:
         """The matrix of each row's element applied to it."""
@@ -92,9 +96,18 @@ class MACELayer(nn.Module):
         skip: Float[Tensor, "atoms dim_out"] | None = None,
         order: EdgeOrder | None = None,
     ) -> Float[Tensor, "atoms dim_out"]:
-        """New features of each atom. `skip` is `connect(x, element)`, and `order` that of the edges, where they are known already."""
-        weights = self.weight_network(radial)
-        summed = tensor_product_gather_sum(self.spec, self.linear_in(x), harmonics, weights, source, target, self.backend, order)
+        """New features of each atom. `skip` is `connect(x, element)`, and `order` that of the edges, where they are known already.
+
+        With a table, `radial` is the place in it.
+        """
+        sent = self.linear_in(x)
+        if self.table is None:
+            weights = self.weight_network(radial)
+            summed = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend, order)
+        else:
+            summed = tensor_product_gather_sum_tabulated(
+                self.spec, sent, harmonics, radial.squeeze(1), self.table, source, target, self.backend, order
+            )
         denominator = self.denominator
         if self.density_network is not None:
             starts = None if order is None else order.rows_target
@@ -186,7 +199,7 @@ class MACEFeatures(NodeFeatures):
     pair_energy: Float[Tensor, " atoms"] | None = None
 
 
-class MACE(Backbone):
+class MACE(Tabulated, Backbone):
     """MACE's architecture, with the options of the MACE-MP-0 models; its energy head is `MACEEnergyHead`.
 
     The scalars of every layer go to the heads, side by side. MACE-MP-0: cutoff 6, elements 1 to 89, and "128x0e" (small),
@@ -252,6 +265,7 @@ class MACE(Backbone):
             raise InputError(f"degree is 1, 2 or 3, received {degree}")
         if hidden.lmax > lmax:
             raise InputError(f"irreps go to l = {hidden.lmax}, and the harmonics to lmax = {lmax}", remedy="raise lmax")
+        self.cutoff = cutoff
         self.graphs = {MAIN_GRAPH: GraphSpec(cutoff)}
         self.lmax, self.width, self.embedding_scale = lmax, hidden[0].mul, embedding_scale
         self.channels = num_layers * self.width
@@ -281,6 +295,11 @@ class MACE(Backbone):
             )
             for n in range(num_layers)
         )
+
+    def tabulate(self) -> bool:
+        """As `Backbone.tabulate`; not where weights depend on elements, too, or there is a density network."""
+        lengths_only = self.transform is None and all(layer.density_network is None for layer in self.layers)  # type: ignore[union-attr]
+        return lengths_only and super().tabulate()
 
     def fit_scales(self, statistics: Statistics) -> None:
         """Messages are divided by the mean neighbour count."""
@@ -315,7 +334,7 @@ class MACE(Backbone):
         embedding = self.embedding * self.embedding_scale
         v = vectors.to(embedding.dtype)
         r = torch.linalg.vector_norm(v, dim=1)
-        radial = self.basis(r) if self.transform is None else self.basis.at(r, self.transform(r, numbers[source], numbers[target]))
+        radial = self.radial(r) if self.transform is None else self.basis.at(r, self.transform(r, numbers[source], numbers[target]))
         harmonics = spherical_harmonics(v, self.lmax)
         x, scalars = embedding[element], []
         for n, layer in enumerate(self.layers):

@@ -23,7 +23,9 @@ from matfound.nn.heads import atom_dataset
 from matfound.nn.linear import IrrepsLinear
 from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.harmonics import spherical_harmonics
+from matfound.nn.tabulated import Tabulated
 from matfound.ops.tensor_product import EdgeOrder, TensorProductSpec, tensor_product_gather_sum
+from matfound.ops.tensor_product.table import tensor_product_gather_sum_tabulated
 from matfound.structures.atomic_data import AtomicData
 
 SelfConnection = Literal["linear", "nequip", "elements", "none"]
@@ -46,6 +48,7 @@ class Interaction(nn.Module):
     """
 
     denominator: Tensor
+    table: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Interaction(nn.Module):
         if self_connection != "none":
             self.self_connection = IrrepsLinear(irreps_in, irreps_gate, num_elements if self.elementwise else None)
         self.register_buffer("denominator", torch.ones(()))
+        self.register_buffer("table", None, persistent=False)
 
     def forward(
         self,
@@ -86,17 +90,22 @@ class Interaction(nn.Module):
         modality: Float[Tensor, "atoms modalities"] | None = None,
         order: EdgeOrder | None = None,
     ) -> Float[Tensor, "atoms dim_out"]:
-        """New features of each atom; `order` is that of the edges, where it is known."""
-        weights = self.weight_network(radial)
+        """New features of each atom; `order` is that of the edges, where it is known. With a table, `radial` is the place in it."""
         sent = self.linear_in(_append(x, modality))
-        messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend, order)
+        if self.table is None:
+            weights = self.weight_network(radial)
+            messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend, order)
+        else:
+            messages = tensor_product_gather_sum_tabulated(
+                self.spec, sent, harmonics, radial.squeeze(1), self.table, source, target, self.backend, order
+            )
         out = self.linear_out(_append(messages / self.denominator, modality))
         if self.self_connection is not None:
             out = out + self.connection_scale * self.self_connection(x, element if self.elementwise else None)
         return self.gate(out)
 
 
-class NequIP(Backbone):
+class NequIP(Tabulated, Backbone):
     """Plain NequIP and SevenNet's architecture in one class.
 
     Args:
@@ -149,6 +158,7 @@ class NequIP(Backbone):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.cutoff = cutoff
         self.graphs = {MAIN_GRAPH: GraphSpec(cutoff)}
         self.symmetry = symmetry
         parity = -1 if symmetry == "E3" else 1
@@ -232,7 +242,7 @@ class NequIP(Backbone):
         element = self.element_row[numbers]
         x = self.embedding[element] * self.embedding_scale
         v = vectors.to(x.dtype)
-        radial = self.basis(torch.linalg.vector_norm(v, dim=1))
+        radial = self.radial(torch.linalg.vector_norm(v, dim=1))
         harmonics = spherical_harmonics(v, self.lmax, normalize=self.normalize_harmonics)
         for layer in self.layers:
             x = layer(x, element, harmonics, radial, source, target, modality, order)

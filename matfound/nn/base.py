@@ -141,6 +141,14 @@ class Backbone(Configurable):
     def fit_scales(self, statistics: "Statistics") -> None:
         """Set what depends on the training data (mean neighbour counts, …) before training starts. Default: nothing."""
 
+    def tabulate(self) -> bool:
+        """Put tables in place of networks that depend on one number only, until weights are loaded or trained. Default: nothing.
+
+        Returns:
+            Whether there are tables now.
+        """
+        return False
+
 
 Kind = TypeVar("Kind", bound=Backbone)
 

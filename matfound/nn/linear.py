@@ -42,7 +42,10 @@ class IrrepsLinear(nn.Module):
             blocks = inputs[key]
             joined = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
             matrix = weight / weight.shape[-2] ** 0.5
-            mixed = joined @ (matrix if element is None else matrix[element])
+            if element is not None:
+                mixed = joined @ matrix[element]
+            else:  # as one product: of a slice of x, matmul would make one for every atom
+                mixed = (joined.reshape(-1, weight.shape[0]) @ matrix).unflatten(0, joined.shape[:2])
             pieces[key] = list(mixed.split([mul for other, mul, _ in self._blocks_out if other == key], dim=2))
         parts = [
             pieces[key].pop(0).flatten(1) if key in pieces else x.new_zeros(x.shape[0], mul * dim) for key, mul, dim in self._blocks_out

@@ -1,12 +1,14 @@
 """Radial bases and the network that makes tensor-product weights of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from matfound.ops.tensor_product.table import interpolate
 
 #: Factors that give an activation of a normal variable a second moment of 1 (e3nn's `normalize2mom`).
 SILU_FACTOR = 1.6791767923989418
@@ -78,3 +80,48 @@ class RadialMLP(nn.Module):
             if n < last:
                 a = self.factor * nn.functional.silu(a)
         return a
+
+
+#: Rows of a table: where an envelope begins at a round share of the cutoff, a row is there.
+INTERVALS = (500, 1000, 2000, 4000)
+#: Largest error of a table over the largest weight: a quarter of what rounding does to a network in float32.
+TABLE_ERROR = 1e-7
+
+
+def radial_tables(
+    functions: Sequence[Callable[[Tensor], Tensor]], cutoff: float, device: torch.device
+) -> list[Float[Tensor, "rows weights 4"]] | None:
+    """Tables of weights that depend on a length only, see `matfound.ops.tensor_product.table`; float64, and equally long.
+
+    Args:
+        functions: (lengths,) in Å to (lengths, weights), differentiable and in float64.
+        cutoff: Å, the length of the last row.
+        device: where the functions compute.
+
+    Returns:
+        The shortest tables that are as good as float32; None where there are none.
+    """
+    for intervals in INTERVALS:
+        found = [_table(function, cutoff, intervals, device) for function in functions]
+        if all(error <= TABLE_ERROR for _, error in found):
+            return [table for table, _ in found]
+    return None
+
+
+def _table(function: Callable[[Tensor], Tensor], cutoff: float, intervals: int, device: torch.device) -> tuple[Tensor, float]:
+    """A cubic polynomial (Hermite) for each interval, and the largest error over the largest weight."""
+    step = cutoff / intervals
+    places = (
+        torch.arange(2 * intervals + 1, dtype=torch.float64, device=device) / 2
+    )  # rows, and the middles between them, where it is worst
+    r = (places * step).clamp(min=1e-6)  # radial functions are divided by r
+    values, slopes = torch.func.jvp(function, (r,), (torch.ones_like(r),))
+    values = values - slopes * (r - places * step).unsqueeze(1)
+    v, s = values[::2], slopes[::2] * step
+    rise = v[1:] - v[:-1]
+    inner = torch.stack([v[:-1], s[:-1], 3 * rise - 2 * s[:-1] - s[1:], s[:-1] + s[1:] - 2 * rise], dim=2)
+    last = torch.stack([v[-1:], *[torch.zeros_like(v[-1:])] * 3], dim=2)
+    table = torch.cat([inner, last])
+    if not values.numel():
+        return table, 0.0
+    return table, float((interpolate(table, places[1::2]) - values[1::2]).abs().max() / values.abs().max().clamp(min=1e-300))

@@ -9,7 +9,7 @@ from torch import nn
 from matfound.errors import InputError, nearest
 from matfound.ops import gaunt, so2, symmetric_contraction
 from matfound.ops.cuda import compiler
-from matfound.ops.tensor_product import cpu, cuda, reference
+from matfound.ops.tensor_product import cpu, cuda, reference, table
 
 #: (operation, backend) → function. Signatures and semantics are those of the reference.
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
@@ -19,6 +19,9 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("tensor_product_gather_sum", "reference"): reference.gather_sum,
     ("tensor_product_gather_sum", "cpu"): cpu.gather_sum,
     ("tensor_product_gather_sum", "cuda"): cuda.gather_sum,
+    ("tensor_product_gather_sum_tabulated", "reference"): table.reference,
+    ("tensor_product_gather_sum_tabulated", "cpu"): table.reference,
+    ("tensor_product_gather_sum_tabulated", "cuda"): table.cuda,
     ("symmetric_contraction", "reference"): symmetric_contraction.reference,
     ("so2_rotate", "reference"): so2.rotate,
     ("so2_linear", "reference"): so2.linear,

@@ -46,7 +46,8 @@ class AtomicData:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
+        for name, value in values.items():  # torch.compile traces no update of __dict__ before torch 2.13
+            setattr(self, name, value)
 
     def __getitem__(self, name: str) -> Any:
         return self.__dict__[name]

@@ -11,6 +11,7 @@ from matfound.ops.cuda import compiler
 from matfound.ops.tensor_product import (
     TensorProductSpec,
     cuda,
+    cuda_groups,
     cuda_source,
     edge_order,
     reference,
@@ -51,7 +52,7 @@ COMPILED = [(name, architecture) for name in ("ragged", "shared", "holes") for a
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("name", "architecture"), [*COMPILED, ("channels joined", "sm_90"), ("bare", "sm_90")])
+@pytest.mark.parametrize(("name", "architecture"), [*COMPILED, ("wide", "sm_90"), ("channels joined", "sm_90"), ("bare", "sm_90")])
 def test_sources_compile_without_a_gpu(kernels, name, architecture):
     spec = SPECS[name]
     dtype = {"shared": torch.float64, "holes": torch.bfloat16}.get(name, torch.float32)
@@ -93,8 +94,8 @@ def test_where_kernels_are_kept(monkeypatch, tmp_path):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("by_output", [True, False])
 def test_groups_share_no_results(spec, by_output):
-    parts = cuda_source.groups(spec, by_output=by_output)
-    assert sorted(path.weight for part in parts for path in part.paths) == sorted(path.weight for path in cuda_source._paths(spec))
+    parts = cuda_groups.groups(spec, by_output=by_output)
+    assert sorted(path.weight for part in parts for path in part.paths) == sorted(path.weight for path in cuda_groups.paths_of(spec))
     for key in ("out",) if by_output else ("x",):
         owners = [{getattr(path, key) for path in part.paths} for part in parts]
         assert sum(map(len, owners)) == len(set().union(*owners))
@@ -103,7 +104,7 @@ def test_groups_share_no_results(spec, by_output):
 
 def test_kernels_are_for_channelwise_products():
     with pytest.raises(InputError, match="channelwise"):
-        cuda_source.groups(TensorProductSpec.fully_connected("2x0e", "0e", "3x0e"), by_output=True)
+        cuda_groups.groups(TensorProductSpec.fully_connected("2x0e", "0e", "3x0e"), by_output=True)
 
 
 def test_which_backend():

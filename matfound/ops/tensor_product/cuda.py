@@ -13,7 +13,7 @@ from torch import Tensor
 from matfound.errors import InputError
 from matfound.ops.cuda.compiler import Kernel, kernel
 from matfound.ops.tensor_product import cuda_source
-from matfound.ops.tensor_product.cuda_source import LANES, WARPS, groups
+from matfound.ops.tensor_product.cuda_groups import LANES, WARPS, channels_in_a_lane, groups, is_fused, slots
 from matfound.ops.tensor_product.order import EdgeOrder, edge_order
 from matfound.ops.tensor_product.registered import IMPLEMENTATIONS, Graph, Implementation, apply
 from matfound.ops.tensor_product.spec import TensorProductSpec
@@ -44,18 +44,18 @@ class _Plan:
         #: Whether kernels write every column of inputs' gradients and of outputs.
         self.fills_in = {path[0] for path in spec.paths} == set(range(len(spec.blocks_in)))
         self.fills_out = {path[2] for path in spec.paths} == set(range(len(spec.blocks_out)))
-        self.fused = bool(spec.paths) and cuda_source.is_fused(spec)
-        self._known: dict[tuple[str, torch.dtype, int, str | None], _Launch] = {}
+        self.fused = bool(spec.paths) and is_fused(spec)
+        self._known: dict[tuple[str, torch.dtype, int, str | None, bool], _Launch] = {}
         self._sums: dict[tuple[torch.dtype, int], Kernel] = {}
 
-    def launch(self, what: str, like: Tensor, given: str | None = None) -> _Launch:
+    def launch(self, what: str, like: Tensor, given: str | None = None, *, table: bool = False) -> _Launch:
         """A kernel for tensors like this one."""
-        key = (what, like.dtype, like.device.index, given)
+        key = (what, like.dtype, like.device.index, given, table)
         found = self._known.get(key)
         if found is None:
             by_output = what in ("tp_forward", "tp_second")
-            source = (cuda_source.forward if by_output else cuda_source.backward)(self.spec, like.dtype, given)
-            parts = groups(self.spec, by_output=by_output)
+            source = (cuda_source.forward if by_output else cuda_source.backward)(self.spec, like.dtype, given, table=table)
+            parts = groups(self.spec, by_output=by_output, each=channels_in_a_lane(self.spec, like.dtype, given))
             found = self._known[key] = _Launch(kernel(source, what, like.device.index), tuple(part.tiles for part in parts))
         return found
 
@@ -88,10 +88,16 @@ def _empty(like: Tensor, rows: int, width: int, *, full: bool) -> Tensor:
     return like.new_empty(rows, width) if full else like.new_zeros(rows, width)
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """Contiguous, and where kernels may read two numbers at once."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 8 == 0 else tensor.clone()
+
+
 def _product(plan: _Plan, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> Tensor:
     source, by_target, rows_target, _, _ = graph
     atoms = rows_target.shape[0] - 1
-    x, y, w = x.contiguous(), y.contiguous(), w.contiguous()
+    x, y, w = _readable(x), _readable(y), _readable(w)
     out = _empty(x, atoms, plan.dim_out, full=plan.fills_out)
     if plan.spec.paths:
         with _on(x.device):
@@ -110,9 +116,9 @@ def _on_edges(
     launch = plan.launch(what, x, given)
     dx = _empty(x, edges, plan.dim_in, full=plan.fills_in)
     number = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    slots = cuda_source.slots(plan.spec)
+    summands = slots(plan.spec, channels_in_a_lane(plan.spec, x.dtype, given))
     # A part of "uuu" writes the blocks that it has; parts of "uvu" write all columns.
-    dy = (torch.zeros if plan.spec.mode == "uuu" else torch.empty)(edges, slots, plan.dim_sh, dtype=number, device=x.device)
+    dy = (torch.zeros if plan.spec.mode == "uuu" else torch.empty)(edges, summands, plan.dim_sh, dtype=number, device=x.device)
     dw = torch.empty_like(w)
     launch(rows_target.shape[0] - 1, *tensors, source, by_target, rows_target, dx, dy, dw, *([] if out is None else [out]))
     summed = plan.segment_sum(dx, by_source, rows_source)
@@ -122,7 +128,7 @@ def _on_edges(
 def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
     if not plan.spec.paths:
         return torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(w)
-    g, x, y, w = g.contiguous(), x.contiguous(), y.contiguous(), w.contiguous()
+    g, x, y, w = _readable(g), _readable(x), _readable(y), _readable(w)
     with _on(x.device):
         return _on_edges(plan, "tp_backward", None, (x, y, w, g), (x, y, w), graph, None)
 
@@ -133,8 +139,8 @@ def _second(
     given = "".join(name for name, h in zip("xyw", cotangents, strict=True) if h is not None and h.shape[1])
     if not plan.spec.paths or not given:
         return torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(w)
-    g, x, y, w = g.contiguous(), x.contiguous(), y.contiguous(), w.contiguous()
-    h = [None if one is None else one.contiguous() for one in cotangents]
+    g, x, y, w = _readable(g), _readable(x), _readable(y), _readable(w)
+    h = [None if one is None else _readable(one) for one in cotangents]
     source, by_target, rows_target, _, _ = graph
     atoms = rows_target.shape[0] - 1
     dg = _empty(g, atoms, plan.dim_out, full=plan.fills_out)
@@ -143,6 +149,35 @@ def _second(
             plan.launch("tp_second", x, given)(atoms, x, y, w, *h, source, by_target, rows_target, dg)
         found = _on_edges(plan, "tp_backward_second", given, (x, y, w, g, *h), (x, y, w), graph, dg if plan.fused else None)
     return (dg, *found)
+
+
+def tabulated_product(spec: TensorProductSpec, x: Tensor, y: Tensor, place: Tensor, table: Tensor, graph: Graph) -> Tensor:
+    """See `matfound.ops.tensor_product.table`."""
+    plan = _plan(spec)
+    source, by_target, rows_target, _, _ = graph
+    atoms = rows_target.shape[0] - 1
+    x, y = _readable(x), torch.cat([y, place.unsqueeze(1)], dim=1)
+    out = _empty(x, atoms, plan.dim_out, full=plan.fills_out)
+    with _on(x.device):
+        plan.launch("tp_forward", x, table=True)(atoms, x, y, table, table.shape[0], source, by_target, rows_target, out)
+    return out
+
+
+def tabulated_gradients(
+    spec: TensorProductSpec, g: Tensor, x: Tensor, y: Tensor, place: Tensor, table: Tensor, graph: Graph
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of features, harmonics and places."""
+    plan = _plan(spec)
+    source, by_target, rows_target, by_source, rows_source = graph
+    g, x, y = _readable(g), _readable(x), torch.cat([y, place.unsqueeze(1)], dim=1)
+    dx = _empty(x, y.shape[0], plan.dim_in, full=plan.fills_in)
+    dy = y.new_empty(y.shape[0], slots(spec, channels_in_a_lane(spec, x.dtype, None)), y.shape[1])
+    with _on(x.device):
+        launch = plan.launch("tp_backward", x, table=True)
+        launch(rows_target.shape[0] - 1, x, y, table, g, table.shape[0], source, by_target, rows_target, dx, dy)
+        summed = plan.segment_sum(dx, by_source, rows_source)
+    dy = dy.sum(1)
+    return summed, dy[:, :-1].contiguous(), dy[:, -1].contiguous()
 
 
 IMPLEMENTATIONS["cuda"] = Implementation(_plan, _product, _gradients, _second)

@@ -1,159 +1,29 @@
 """CUDA source of a tensor product: every coupling written out, with its coefficient in the instruction.
 
-One warp takes the edges that one atom receives, for one input block and 32 of its channels, and keeps in registers what belongs to the
-atom. So features are read once an edge, weights once, and nothing is added up in memory: no atomic operations, the same bits in every run.
+One warp takes the edges that one atom receives, for one input block and 32 or 64 of its channels, and keeps in registers what belongs to
+the atom. So features are read once an edge, weights once, and nothing is added up in memory: no atomic operations, the same bits in every
+run. What all channels have in common, the harmonics times the couplings, is one small matrix for each path of an edge.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from e3nn.o3 import wigner_3j
 
-from matfound.errors import InputError
+from matfound.ops.tensor_product.cuda_groups import (
+    LANES,
+    Path,
+    channels_in_a_lane,
+    groups,
+    harmonics_of,
+    inputs_of,
+    is_fused,
+    others_of,
+    outputs_of,
+    slots,
+)
+from matfound.ops.tensor_product.cuda_text import Stage, depth_of, edge_loop, header, kernel_text, room_of
 from matfound.ops.tensor_product.spec import TensorProductSpec
-
-#: Channels that a warp takes at once, and warps in a block.
-LANES, WARPS = 32, 4
-#: Couplings below this are rounding errors.
-_ZERO = 1e-14
-#: Outputs of a channel that a warp keeps in registers in the forward pass, if the paths can be divided.
-ACCUMULATORS = 64
-#: The same where one kernel makes all second derivatives.
-FUSED = 32
-#: Edges whose data are in shared memory or on their way there, at most, and bytes of shared memory of a block.
-STAGES, SHARED = 3, 48 * 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class _Path:
-    """Block offsets in columns, and the couplings (a, b, c, value) of one path."""
-
-    x: int
-    dim_x: int
-    y: int
-    dim_y: int
-    out: int
-    dim_out: int
-    mul: int
-    weight: int
-    weighted: bool
-    couplings: tuple[tuple[int, int, int, float], ...]
-
-    @property
-    def w(self) -> str:
-        """Name of the weight, or 1."""
-        return f"w{self.weight}" if self.weighted else "A(1)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """What one warp computes for 32 of `mul` channels."""
-
-    mul: int
-    paths: tuple[_Path, ...]
-
-    @property
-    def tiles(self) -> int:
-        """Warps that the channels need."""
-        return -(-self.mul // LANES)
-
-
-@functools.lru_cache(maxsize=256)
-def _paths(spec: TensorProductSpec) -> tuple[_Path, ...]:
-    if spec.mode == "uvw":
-        raise InputError("kernels are for the channelwise modes", remedy="call matfound.ops.tensor_product.tensor_product")
-    rows_in, rows_sh, rows_out = (blocks.slices() for blocks in (spec.blocks_in, spec.blocks_sh, spec.blocks_out))
-    paths: list[_Path] = []
-    weight = 0
-    for i, j, k in spec.paths:
-        (mul, ir_in), (_, ir_sh), (_, ir_out) = spec.blocks_in[i], spec.blocks_sh[j], spec.blocks_out[k]
-        tensor = wigner_3j(ir_in.l, ir_sh.l, ir_out.l, dtype=torch.float64) * spec.norm(k)
-        found = [(a, b, c, float(tensor[a, b, c])) for a, b, c in tensor.nonzero().tolist() if abs(float(tensor[a, b, c])) > _ZERO]
-        starts = rows_in[i].start, rows_sh[j].start, rows_out[k].start
-        paths.append(_Path(starts[0], ir_in.dim, starts[1], ir_sh.dim, starts[2], ir_out.dim, mul, weight, spec.weighted, tuple(found)))
-        weight += mul
-    return tuple(paths)
-
-
-@functools.lru_cache(maxsize=256)
-def groups(spec: TensorProductSpec, *, by_output: bool) -> tuple[Group, ...]:
-    """The paths of a spec in parts that share no results: no output (`by_output`), or no input block."""
-    paths = _paths(spec)
-    if not by_output:
-        return tuple(Group(part[0].mul, tuple(part)) for part in _gathered(paths, "x"))
-    joined: list[list[_Path]] = []
-    for part in _gathered(paths, "out"):
-        last = joined[-1] if joined else None
-        if last and last[-1].x == part[0].x and sum(_outputs(last).values()) + sum(_outputs(part).values()) <= ACCUMULATORS:
-            last += part
-        else:
-            joined.append(list(part))
-    return tuple(Group(part[0].mul, tuple(part)) for part in joined)
-
-
-def _gathered(paths: Iterable[_Path], key: str) -> list[list[_Path]]:
-    parts: dict[int, list[_Path]] = {}
-    for path in paths:
-        parts.setdefault(getattr(path, key), []).append(path)
-    return list(parts.values())
-
-
-def _inputs(paths: Sequence[_Path]) -> dict[int, int]:
-    return {path.x: path.dim_x for path in paths}
-
-
-def _others(paths: Sequence[_Path]) -> dict[int, int]:
-    return {path.y: path.dim_y for path in paths}
-
-
-def _outputs(paths: Sequence[_Path]) -> dict[int, int]:
-    return {path.out: path.dim_out for path in paths}
-
-
-def _harmonics(paths: Sequence[_Path]) -> list[int]:
-    return sorted({path.y + b for path in paths for b in range(path.dim_y)})
-
-
-def slots(spec: TensorProductSpec) -> int:
-    """Summands of an edge's gradient of y: one of each warp, which sums over its channels; or, where channels have their own, of each
-    part, whose warps do not meet.
-    """
-    parts = groups(spec, by_output=False)
-    return len(parts) if spec.mode == "uuu" else sum(part.tiles for part in parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- the sources
-
-_TYPES = {
-    torch.float32: ("float", "float", "(v)", "(v)"),
-    torch.float64: ("double", "double", "(v)", "(v)"),
-    torch.bfloat16: ("unsigned short", "float", "__uint_as_float((unsigned)(v) << 16)", "to_bf16(v)"),
-}
-_HEADER = """\
-typedef {storage} T;
-typedef {number} A;
-typedef long long I;
-__device__ __forceinline__ unsigned short to_bf16(float v) {{
-  unsigned u = __float_as_uint(v);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  return (unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}}
-#define GET(v) {get}
-#define PUT(v) {put}
-__device__ __forceinline__ void copy(T* to, const T* from) {{
-  if constexpr (sizeof(T) == 2) *to = *from;
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(sizeof(T)));
-}}
-__device__ __forceinline__ void commit() {{ asm volatile("cp.async.commit_group;" ::: "memory"); }}
-template <int N> __device__ __forceinline__ void wait() {{ asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }}
-"""
-
-
-def _header(dtype: torch.dtype) -> str:
-    storage, number, get, put = _TYPES[dtype]
-    return _HEADER.format(storage=storage, number=number, get=get, put=put)
 
 
 def _sum(terms: Sequence[tuple[float, str]], dtype: torch.dtype) -> str:
@@ -162,139 +32,52 @@ def _sum(terms: Sequence[tuple[float, str]], dtype: torch.dtype) -> str:
     return " + ".join(f"{value!r}{suffix} * {name}" if value != 1.0 else name for value, name in terms) or f"0.0{suffix}"
 
 
-def _contract(path: _Path, over: str, left: str, right: str, dtype: torch.dtype, name: str) -> list[str]:
-    """Lines that set {name}{n} = sum of C[a, b, c] left right over the two indices that are not `over`."""
-    position = {"a": 0, "b": 1, "c": 2}
-    first, second = (index for index in "abc" if index != over)
-    products: dict[tuple[int, int], str] = {}
-    sums: dict[int, list[tuple[float, str]]] = {}
-    for coupling in path.couplings:
-        pair = int(coupling[position[first]]), int(coupling[position[second]])
-        products[pair] = f"{left.format(pair[0])} * {right.format(pair[1])}"
-        sums.setdefault(int(coupling[position[over]]), []).append((coupling[3], f"{name}t{pair[0]}_{pair[1]}"))
-    lines = [f"const A {name}t{p}_{q} = {product};" for (p, q), product in products.items()]
-    return lines + [f"const A {name}{n} = {_sum(terms, dtype)};" for n, terms in sums.items()]
-
-
-def _size(path: _Path, over: str) -> list[int]:
-    """Entries of an index that some coupling has."""
-    return sorted({int(coupling["abc".index(over)]) for coupling in path.couplings})
-
-
-class _Stage:
-    """What a warp reads of an edge: copied to shared memory some edges ahead, without registers or waiting.
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """M[a, c] = Σ_b C[a, b, c] y_b of a path: what all channels of an edge have in common. Entries that are equal, or opposite, are one.
 
     Args:
-        spec: of the product.
-        paths: of the warp.
-        reads: which of "xyw" are read, and those of their cotangents ("h").
+        terms: of each entry, (C, b) in a row.
+        places: (a, c, entry, sign).
     """
 
-    def __init__(self, spec: TensorProductSpec, paths: Sequence[_Path], reads: Sequence[tuple[str, str]]) -> None:
-        self.fetches: list[str] = []
-        self.loads: list[str] = []
-        self.direct: list[str] = []
-        mul, used = paths[0].mul, _harmonics(paths)
-        columns: list[tuple[str, str]] = []
-        for prefix, names in reads:
-            if "x" in names:
-                rows = f"{prefix}x + s * {spec.blocks_in.dim}LL + u"
-                columns += [(f"{prefix}x{x}_{a}", f"{rows} + {x + a * mul}") for x, dim in _inputs(paths).items() for a in range(dim)]
-            if "y" in names and spec.mode == "uuu":
-                rows = f"{prefix}y + e * {spec.blocks_sh.dim}LL + u"
-                columns += [(f"{prefix}y{y + b}", f"{rows} + {y + b * mul}") for y, dim in _others(paths).items() for b in range(dim)]
-            if "w" in names and spec.weighted:
-                columns += [(f"{prefix}w{p.weight}", f"{prefix}w + e * {spec.weight_numel}LL + u + {p.weight}") for p in paths]
-        for n, (name, address) in enumerate(columns):
-            self.fetches.append(f"if (in) copy(to + {n * LANES} + lane, {address});")
-            self.loads.append(f"const A {name} = in ? GET(from[{n * LANES} + lane]) : A(0);")
-            self.direct.append(f"const A {name} = in ? GET(({address})[0]) : A(0);")
-        self.size = len(columns) * LANES
-        dim = spec.blocks_sh.dim
-        for prefix, names in reads:
-            if "y" in names and spec.mode == "uvu":
-                for start in range(0, dim, LANES):
-                    column = f"{start} + lane"
-                    condition = f"if (lane < {dim - start}) " if dim - start < LANES else ""
-                    self.fetches.append(f"{condition}copy(to + {self.size} + {column}, {prefix}y + e * {dim}LL + {column});")
-                self.loads += [f"const A {prefix}y{n} = GET(from[{self.size + n}]);" for n in used]
-                self.direct += [f"const A {prefix}y{n} = GET({prefix}y[e * {dim}LL + {n}]);" for n in used]
-                self.size += -(-dim // 4) * 4
+    terms: tuple[tuple[tuple[float, int], ...], ...]
+    places: tuple[tuple[int, int, int, str], ...]
 
+    @classmethod
+    def of(cls, path: Path) -> "_Matrix":
+        """That of a path."""
+        found: dict[tuple[int, int], list[tuple[float, int]]] = {}
+        for a, b, c, value in path.couplings:
+            found.setdefault((a, c), []).append((value, b))
+        known: dict[tuple[tuple[float, int], ...], int] = {}
+        places = []
+        for (a, c), row in found.items():
+            sign = -1.0 if row[0][0] < 0 else 1.0
+            terms = tuple((sign * round(value, 15), b) for value, b in row)
+            places.append((a, c, known.setdefault(terms, len(known)), "-" if sign < 0 else ""))
+        return cls(tuple(known), tuple(places))
 
-def _depth(stages: Sequence[_Stage], dtype: torch.dtype) -> int:
-    """Edges whose data are in shared memory or on their way there; 1: read as they are needed."""
-    room = SHARED // (WARPS * dtype.itemsize * max(stage.size for stage in stages))
-    return 1 if dtype.itemsize == 2 or room < 2 else min(room, STAGES)
+    def values(self, y: Sequence[str], name: str, dtype: torch.dtype) -> list[str]:
+        """Lines that set {name}{entry}."""
+        return [f"const auto {name}{n} = {_sum([(c, y[b]) for c, b in terms], dtype)};" for n, terms in enumerate(self.terms)]
 
+    def to_output(self, v: str, name: str, out: int) -> list[str]:
+        """Lines that add M v, v = {v}{a}, to the outputs."""
+        return [f"o{out}_{c} += {v}{a} * {sign}{name}{n};" for a, c, n, sign in self.places]
 
-def _room(stages: Sequence[_Stage], depth: int) -> int:
-    """Entries of shared memory of a warp."""
-    return depth * max(stage.size for stage in stages) if depth > 1 else 0
+    def from_output(self, g: str, name: str, result: str) -> list[str]:
+        """Lines that set {result}{a} to Mᵀ g."""
+        rows: dict[int, list[str]] = {}
+        for a, c, n, sign in self.places:
+            rows.setdefault(a, []).append(f"{g}{c} * {sign}{name}{n}")
+        return [f"const V {result}{a} = {' + '.join(row)};" for a, row in rows.items()]
 
-
-def _edge_loop(stage: _Stage, depth: int, body: Sequence[str]) -> list[str]:
-    """`body` for every edge of the atom, with what it reads fetched `depth` - 1 edges before."""
-    if depth == 1:
-        start = ["for (I t = first; t < last; ++t) {", "  const I e = order ? order[t] : t, s = gather[e];"]
-        return [*start, *(f"  {line}" for line in [*stage.direct, *body]), "}"]
-    return [
-        "I next = first, e_next = 0, s_next = 0;",
-        "if (first < last) { e_next = order ? order[first] : first; s_next = gather[e_next]; }",
-        "auto fetch = [&](int stage) {",
-        "  if (next < last) {",
-        "    const I e = e_next, s = s_next;",
-        "    ++next;",
-        "    if (next < last) { e_next = order ? order[next] : next; s_next = gather[e_next]; }",
-        f"    T* __restrict__ to = mine + stage * {stage.size};",
-        *(f"    {line}" for line in stage.fetches),
-        "  }",
-        "  commit();",
-        "};",
-        f"for (int stage = 0; stage < {depth - 1}; ++stage) fetch(stage);",
-        "int stage = 0;",
-        "for (I t = first; t < last; ++t) {",
-        f"  wait<{depth - 2}>();",
-        "  __syncwarp();",
-        f"  fetch(stage == 0 ? {depth - 1} : stage - 1);",
-        "  const I e = order ? order[t] : t;",
-        f"  const T* __restrict__ from = mine + stage * {stage.size};",
-        f"  stage = stage == {depth - 1} ? 0 : stage + 1;",
-        *(f"  {line}" for line in stage.loads),
-        *(f"  {line}" for line in body),
-        "}",
-    ]
-
-
-def _kernel(name: str, parameters: str, parts: Sequence[Group], size: int, bodies: Sequence[Sequence[str]]) -> str:
-    """A kernel whose blocks go through the groups, one after the other; each warp has `size` entries of shared memory."""
-    lines = [
-        f'extern "C" __global__ void __launch_bounds__({LANES * WARPS}) {name}({parameters}, I atoms) {{',
-        f"  __shared__ __align__(16) T shared[{max(1, WARPS * size)}];",
-        "  I block = blockIdx.x;",
-        f"  const int lane = threadIdx.x % {LANES}, warp = threadIdx.x / {LANES};",
-        f"  T* const mine = shared + warp * {size};",
-    ]
-    slot = 0
-    for part, body in zip(parts, bodies, strict=True):
-        lines += [
-            "  {",
-            f"    const I blocks = (atoms * {part.tiles} + {WARPS - 1}) / {WARPS};",
-            "    if (block < blocks) {",
-            f"      const I item = block * {WARPS} + warp;",
-            f"      if (item >= atoms * {part.tiles}) return;",
-            f"      const I atom = item / {part.tiles}, slot = {slot} + item % {part.tiles};",
-            f"      const int u = (int)(item % {part.tiles}) * {LANES} + lane;",
-            f"      const bool in = u < {part.mul};",
-            "      const I first = rows[atom], last = rows[atom + 1];",
-            *(f"      {line}" for line in body),
-            "      return;",
-            "    }",
-            "    block -= blocks;",
-            "  }",
-        ]
-        slot += part.tiles
-    return "\n".join([*lines, "}", ""])
+    def gradient(self, v: str, g: str, dy: Sequence[str], dtype: torch.dtype) -> list[str]:
+        """Lines that add the gradient of y where that of M is v gᵀ, summed over the channels."""
+        lines = [f"A d{n} = 0;" for n in range(len(self.terms))]
+        lines += [f"add(d{n}, {v}{a} * {sign}{g}{c});" for a, c, n, sign in self.places]
+        return lines + [f"{dy[b]} += {_sum([(c, f'd{n}')], dtype)};" for n, terms in enumerate(self.terms) for c, b in terms]
 
 
 _INPUTS = "const T* __restrict__ x, const T* __restrict__ y, const T* __restrict__ w"
@@ -302,156 +85,147 @@ _COTANGENTS = "const T* __restrict__ hx, const T* __restrict__ hy, const T* __re
 _GRAPH = "const I* __restrict__ gather, const I* __restrict__ order, const I* __restrict__ rows"
 
 
-def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None) -> str:
+def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None, *, table: bool = False) -> str:
     """`tp_forward(x, y, w, gather, order, rows, out, atoms)`: the sum of products over the edges of each atom.
+
+    With `table`, `tp_forward(x, y, w, table_rows, …)`: w is a table (rows, weights, 4), see `matfound.ops.tensor_product.table`, and y
+    has a column more, which tells the place in it.
 
     With `second`, which names those of "xyw" whose cotangents are given, `tp_second(x, y, w, hx, hy, hw, …)`: the derivative of the
     same along (hx, hy, hw).
     """
     bodies = []
-    parts = groups(spec, by_output=True)
-    stages = [_Stage(spec, part.paths, [("", "xyw"), ("h", second or "")]) for part in parts]
-    depth = _depth(stages, dtype)
+    parts = groups(spec, by_output=True, each=channels_in_a_lane(spec, dtype, second))
+    stages = [Stage(spec, part, [("", "xy" if table else "xyw"), ("h", second or "")], dtype, table) for part in parts]
+    depth = depth_of(stages, dtype)
     for part, stage in zip(parts, stages, strict=True):
-        accumulators = [f"o{out}_{c}" for out, dim in _outputs(part.paths).items() for c in range(dim)]
-        body = [line for n in accumulators for line in (f"A {n} = 0;",)]
+        accumulators = [f"o{out}_{c}" for out, dim in outputs_of(part.paths).items() for c in range(dim)]
+        body = [f"V {n} = 0;" for n in accumulators]
         inner: list[str] = []
         for path in part.paths:
             inner += ["{", *_forward_path(path, dtype, second), "}"]
-        body += _edge_loop(stage, depth, inner)
+        body += edge_loop(stage, depth, part.each, inner)
         width = spec.blocks_out.dim
-        for out, dim in _outputs(part.paths).items():
-            body += [f"if (in) out[atom * {width}LL + {out + c * part.mul} + u] = PUT(o{out}_{c});" for c in range(dim)]
+        for out, dim in outputs_of(part.paths).items():
+            body += [f"if (in) store(out + atom * {width}LL + {out + c * part.mul} + u, o{out}_{c});" for c in range(dim)]
         bodies.append(body)
-    name, cotangents = ("tp_forward", "") if second is None else ("tp_second", f", {_COTANGENTS}")
-    return _header(dtype) + _kernel(name, f"{_INPUTS}{cotangents}, {_GRAPH}, T* __restrict__ out", parts, _room(stages, depth), bodies)
+    name, more = ("tp_forward", ", I table_rows" if table else "") if second is None else ("tp_second", f", {_COTANGENTS}")
+    return header(dtype) + kernel_text(name, f"{_INPUTS}{more}, {_GRAPH}, T* __restrict__ out", parts, room_of(stages, depth), bodies)
 
 
-def _forward_path(path: _Path, dtype: torch.dtype, second: str | None) -> list[str]:
-    x, y, w = f"x{path.x}_{{}}", [f"y{path.y + b}" for b in range(path.dim_y)], path.w
-
-    def contract(left: str, names: Sequence[str], name: str) -> list[str]:
-        lines = _contract(path, "c", left, "{}", dtype, name)
-        return [_named(line, name, names) for line in lines]
-
-    hy = [f"h{n}" for n in y]
-    outputs = [(c, f"o{path.out}_{c}") for c in _size(path, "c")]
+def _forward_path(path: Path, dtype: torch.dtype, second: str | None) -> list[str]:
+    x, w, out = f"x{path.x}_", path.w, path.out
+    y = [f"y{path.y + b}" for b in range(path.dim_y)]
+    matrix = _Matrix.of(path)
+    rows = sorted({a for a, *_ in matrix.places})
+    plain = [f"{w} * {x}{{a}}"]
     if second is None:
-        return contract(x, y, "s") + [f"{o} += {w} * s{c};" for c, o in outputs]
+        return [*matrix.values(y, "m", dtype), *_each(rows, "v", plain), *matrix.to_output("v", "m", out)]
     lines: list[str] = []
-    if "x" in second:
-        lines += contract(f"h{x}", y, "p") + [f"{o} += {w} * p{c};" for c, o in outputs]
+    both = ([f"{w} * h{x}{{a}}"] if "x" in second else []) + ([f"h{w} * {x}{{a}}"] if "w" in second else [])
+    if both:
+        lines += [*matrix.values(y, "m", dtype), *_each(rows, "v", both), *matrix.to_output("v", "m", out)]
     if "y" in second:
-        lines += contract(x, hy, "q") + [f"{o} += {w} * q{c};" for c, o in outputs]
-    if "w" in second:
-        lines += contract(x, y, "r") + [f"{o} += h{w} * r{c};" for c, o in outputs]
+        lines += [*matrix.values([f"h{n}" for n in y], "mh", dtype), *_each(rows, "vh", plain), *matrix.to_output("vh", "mh", out)]
     return lines
 
 
-def _named(line: str, name: str, names: Sequence[str]) -> str:
-    """Put names of harmonics in place of their numbers in the products of `_contract`."""
-    if f"const A {name}t" not in line:
-        return line
-    before, product = line.rsplit(" * ", 1)
-    return f"{before} * {names[int(product.rstrip(';'))]};"
+def _each(rows: Sequence[int], name: str, terms: Sequence[str]) -> list[str]:
+    """Lines that set {name}{a} to the sum of the terms."""
+    return [f"const V {name}{a} = {' + '.join(terms).format(a=a)};" for a in rows]
 
 
-def is_fused(spec: TensorProductSpec) -> bool:
-    """Whether one kernel makes all second derivatives: no two input blocks lead to one output, and registers suffice."""
-    parts = groups(spec, by_output=False)
-    outputs = [out for part in parts for out in _outputs(part.paths)]
-    return len(set(outputs)) == len(outputs) and all(sum(_outputs(part.paths).values()) <= FUSED for part in parts)
-
-
-def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None) -> str:
+def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = None, *, table: bool = False) -> str:
     """`tp_backward(x, y, w, g, gather, order, rows, dx, dy, dw, atoms)`: derivatives of <g, out> on each edge.
 
     dx (edges, dim_in) is for the features that the edge gathers, dy (edges, slots, dim_sh) has summands of each warp or part.
     With `second`, `tp_backward_second(x, y, w, g, hx, hy, hw, …)`: derivatives of what the cotangents (hx, hy, hw) make of those, and,
     where `is_fused`, into a last result `dg` what `tp_second` of `forward` makes.
+
+    With `table`, `tp_backward(x, y, w, g, table_rows, …, dx, dy, atoms)`: as in `forward`; dy has the column more, too.
     """
-    parts = groups(spec, by_output=False)
+    each = channels_in_a_lane(spec, dtype, second)
+    parts = groups(spec, by_output=False, each=each)
     fused = second is not None and is_fused(spec)
-    width = spec.blocks_out.dim
+    width, dim_sh = spec.blocks_out.dim, spec.blocks_sh.dim
     bodies = []
-    stages = [_Stage(spec, part.paths, [("", "xyw"), ("h", second or "")]) for part in parts]
-    depth = _depth(stages, dtype)
+    stages = [Stage(spec, part, [("", "xy" if table else "xyw"), ("h", second or "")], dtype, table) for part in parts]
+    depth = depth_of(stages, dtype)
     for number, (part, stage) in enumerate(zip(parts, stages, strict=True)):
         body = [
-            f"const A g{out}_{c} = in ? GET(g[atom * {width}LL + {out + c * part.mul} + u]) : A(0);"
-            for out, dim in _outputs(part.paths).items()
+            f"const V g{out}_{c} = in ? load<V>(g + atom * {width}LL + {out + c * part.mul} + u) : V(0);"
+            for out, dim in outputs_of(part.paths).items()
             for c in range(dim)
         ]
-        outputs = [(f"o{out}_{c}", out + c * part.mul) for out, dim in _outputs(part.paths).items() for c in range(dim)] if fused else []
-        body += [f"A {name} = 0;" for name, _ in outputs]
-        inner = [f"A dx{x}_{a} = 0;" for x, dim in _inputs(part.paths).items() for a in range(dim)]
-        inner += [f"A dy{n} = 0;" for n in _harmonics(part.paths)]
-        inner += [f"T* __restrict__ dwr = dw + e * {spec.weight_numel}LL + u;"] if spec.weighted else []
+        outputs = [(f"o{out}_{c}", out + c * part.mul) for out, dim in outputs_of(part.paths).items() for c in range(dim)] if fused else []
+        body += [f"V {name} = 0;" for name, _ in outputs]
+        inner = [f"V dx{x}_{a} = 0;" for x, dim in inputs_of(part.paths).items() for a in range(dim)]
+        inner += [f"A dy{n} = 0;" for n in harmonics_of(part.paths)]
+        if table:
+            inner.append(f"A dy{dim_sh} = 0;")
+        elif spec.weighted:
+            inner.append(f"T* __restrict__ dwr = dw + e * {spec.weight_numel}LL + u;")
         for path in part.paths:
-            inner += ["{", *_backward_path(path, dtype, second), "}"]
+            inner += ["{", *_backward_path(path, dtype, second, f"dy{dim_sh}" if table else None), "}"]
             inner += ["{", *_forward_path(path, dtype, second), "}"] if fused else []
         inner.append(f"T* __restrict__ dxr = dx + e * {spec.blocks_in.dim}LL + u;")
-        for x, dim in _inputs(part.paths).items():
-            inner += [f"if (in) dxr[{x + a * part.mul}] = PUT(dx{x}_{a});" for a in range(dim)]
+        for x, dim in inputs_of(part.paths).items():
+            inner += [f"if (in) store(dxr + {x + a * part.mul}, dx{x}_{a});" for a in range(dim)]
         slot = str(number) if spec.mode == "uuu" else "slot"
-        inner.append(f"A* __restrict__ dyr = dy + (e * {slots(spec)}LL + {slot}) * {spec.blocks_sh.dim}LL;")
+        inner.append(f"A* __restrict__ dyr = dy + (e * {slots(spec, each)}LL + {slot}) * {dim_sh + table}LL;")
         if spec.mode == "uuu":
-            columns = [(y + b, y + b * part.mul) for y, dim in _others(part.paths).items() for b in range(dim)]
+            columns = [(y + b, y + b * part.mul) for y, dim in others_of(part.paths).items() for b in range(dim)]
             inner += [f"if (in) dyr[{column} + u] = dy{n};" for n, column in columns]
         else:
-            inner += _over_lanes(spec.blocks_sh.dim, set(_harmonics(part.paths)))
-        stores = [f"if (in) dg[atom * {width}LL + {column} + u] = PUT({name});" for name, column in outputs]
-        bodies.append(body + _edge_loop(stage, depth, inner) + stores)
-    name, cotangents = ("tp_backward", "") if second is None else ("tp_backward_second", f", {_COTANGENTS}")
-    results = "T* __restrict__ dx, A* __restrict__ dy, T* __restrict__ dw" + (", T* __restrict__ dg" if fused else "")
-    return _header(dtype) + _kernel(
-        name, f"{_INPUTS}, const T* __restrict__ g{cotangents}, {_GRAPH}, {results}", parts, _room(stages, depth), bodies
+            inner += _over_lanes(dim_sh, set(harmonics_of(part.paths)))
+            inner += _over_all_lanes(dim_sh) if table else []
+        stores = [f"if (in) store(dg + atom * {width}LL + {column} + u, {name});" for name, column in outputs]
+        bodies.append(body + edge_loop(stage, depth, part.each, inner) + stores)
+    name, more = ("tp_backward", ", I table_rows" if table else "") if second is None else ("tp_backward_second", f", {_COTANGENTS}")
+    results = (
+        "T* __restrict__ dx, A* __restrict__ dy" + ("" if table else ", T* __restrict__ dw") + (", T* __restrict__ dg" if fused else "")
+    )
+    return header(dtype) + kernel_text(
+        name, f"{_INPUTS}, const T* __restrict__ g{more}, {_GRAPH}, {results}", parts, room_of(stages, depth), bodies
     )
 
 
-def _backward_path(path: _Path, dtype: torch.dtype, second: str | None) -> list[str]:
-    x, g, w = f"x{path.x}_{{}}", f"g{path.out}_{{}}", path.w
+def _backward_path(path: Path, dtype: torch.dtype, second: str | None, place: str | None) -> list[str]:
+    x, g, w, dx = f"x{path.x}_", f"g{path.out}_", path.w, f"dx{path.x}_"
     y = [f"y{path.y + b}" for b in range(path.dim_y)]
-
-    def with_y(names: Sequence[str], name: str) -> list[str]:
-        """{name}{a} = sum of C y g."""
-        lines = _contract(path, "a", "{}", g, dtype, name)
-        found = []
-        for line in lines:
-            before, product = line.split(" = ", 1)
-            left, _, right = product.partition(" * ")
-            found.append(f"{before} = {names[int(left)]} * {right}" if f"const A {name}t" in line else line)
-        return found
-
-    def with_x(left: str, name: str) -> list[str]:
-        """{name}{b} = sum of C x g."""
-        return _contract(path, "b", left, g, dtype, name)
-
-    entries_a, entries_b = _size(path, "a"), _size(path, "b")
+    dy = [f"d{n}" for n in y]
+    matrix = _Matrix.of(path)
+    rows = sorted({a for a, *_ in matrix.places})
     if second is None:
-        lines = with_y(y, "z") + with_x(x, "q")
-        lines += [f"dx{path.x}_{a} += {w} * z{a};" for a in entries_a] + [f"dy{path.y + b} += {w} * q{b};" for b in entries_b]
-        return lines + _gradient_of_weight(path, [f"{x.format(a)} * z{a}" for a in entries_a])
+        lines = [*matrix.values(y, "m", dtype), *matrix.from_output(g, "m", "z")]
+        lines += [f"{dx}{a} += {w} * z{a};" for a in rows]
+        lines += [*_each(rows, "v", [f"{w} * {x}{{a}}"]), *matrix.gradient("v", g, dy, dtype)]
+        weight = [f"{x}{a} * z{a}" for a in rows]
+        return lines + (
+            _gradient_of_weight(path, weight) if place is None else [f"add({place}, wd{path.weight} * ({' + '.join(weight) or 'V(0)'}));"]
+        )
     weights: list[str] = []
     lines = []
     if "w" in second or "x" in second:
-        lines += with_y(y, "z")
+        lines += [*matrix.values(y, "m", dtype), *matrix.from_output(g, "m", "z")]
     if "y" in second:
-        lines += with_y([f"h{n}" for n in y], "zh")
-        lines += [f"dx{path.x}_{a} += {w} * zh{a};" for a in entries_a]
-        weights += [f"{x.format(a)} * zh{a}" for a in entries_a]
+        lines += [*matrix.values([f"h{n}" for n in y], "mh", dtype), *matrix.from_output(g, "mh", "zh")]
+        lines += [f"{dx}{a} += {w} * zh{a};" for a in rows]
+        weights += [f"{x}{a} * zh{a}" for a in rows]
+    both: list[str] = []
     if "x" in second:
-        lines += with_x(f"h{x}", "qh")
-        lines += [f"dy{path.y + b} += {w} * qh{b};" for b in entries_b]
-        weights += [f"h{x.format(a)} * z{a}" for a in entries_a]
+        both.append(f"{w} * h{x}{{a}}")
+        weights += [f"h{x}{a} * z{a}" for a in rows]
     if "w" in second:
-        lines += with_x(x, "q")
-        lines += [f"dx{path.x}_{a} += h{w} * z{a};" for a in entries_a] + [f"dy{path.y + b} += h{w} * q{b};" for b in entries_b]
+        both.append(f"h{w} * {x}{{a}}")
+        lines += [f"{dx}{a} += h{w} * z{a};" for a in rows]
+    if both:
+        lines += [*_each(rows, "v", both), *matrix.gradient("v", g, dy, dtype)]
     return lines + _gradient_of_weight(path, weights)
 
 
-def _gradient_of_weight(path: _Path, terms: Sequence[str]) -> list[str]:
-    return [f"if (in) dwr[{path.weight}] = PUT({' + '.join(terms) or 'A(0)'});"] if path.weighted else []
+def _gradient_of_weight(path: Path, terms: Sequence[str]) -> list[str]:
+    return [f"if (in) store(dwr + {path.weight}, {' + '.join(terms) or 'V(0)'});"] if path.weighted else []
 
 
 def _over_lanes(dim: int, known: set[int]) -> list[str]:
@@ -481,10 +255,16 @@ def _over_lanes(dim: int, known: set[int]) -> list[str]:
     return lines
 
 
+def _over_all_lanes(n: int) -> list[str]:
+    """The sum of one number over a warp."""
+    steps = [f"dy{n} += __shfl_xor_sync(~0u, dy{n}, {step});" for step in (16, 8, 4, 2, 1)]
+    return [*steps, f"if (lane == 0) dyr[{n}] = dy{n};"]
+
+
 def segment_sum(dtype: torch.dtype) -> str:
     """`segment_sum(values, order, rows, out, width, atoms)`: out[atom] = sum of values[order[t]] over the atom's t."""
     return (
-        _header(dtype)
+        header(dtype)
         + """\
 extern "C" __global__ void segment_sum(const T* __restrict__ values, const I* __restrict__ order, const I* __restrict__ rows,
                                        T* __restrict__ out, I width, I atoms) {

@@ -76,14 +76,15 @@ class _Gradients(torch.autograd.Function):
 
 
 @functools.cache
-def _parsed(text: str) -> TensorProductSpec:
+def parsed(text: str) -> TensorProductSpec:
+    """The spec of a text, once."""
     return TensorProductSpec.parse(text)
 
 
 def _known(text: str, device: str) -> tuple[Implementation, Any]:
     """Who computes, and the plan of a spec as registered operations take it."""
     by = IMPLEMENTATIONS[device]
-    return by, by.plan(_parsed(text))
+    return by, by.plan(parsed(text))
 
 
 @torch.library.custom_op("matfound::tensor_product", mutates_args=())
@@ -99,7 +100,7 @@ def product_op(
 @product_op.register_fake
 def _(x: Tensor, *others: Any) -> Tensor:
     *_, rows_target, _, _, spec = others
-    return x.new_empty(rows_target.shape[0] - 1, _parsed(spec).dims[2])
+    return x.new_empty(rows_target.shape[0] - 1, parsed(spec).dims[2])
 
 
 @torch.library.custom_op("matfound::tensor_product_backward", mutates_args=())
