@@ -6,7 +6,7 @@ takes the edge vectors as inputs that require gradients and calls `torch.autogra
 """
 
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class CompiledForward:
         # torch counts recompilations of a code object, whoever it was compiled for: each model has one of its own.
         own = FunctionType(_predict.__code__.replace(), _predict.__globals__, closure=_predict.__closure__)
         # Triton 3.6 cannot compile sums over a few columns that are fused with sums over three: written out, there are none.
-        options = {"unroll_reductions_threshold": UNROLLED} if backend == "inductor" else None
+        options: dict[str, Any] | None = {"unroll_reductions_threshold": UNROLLED} if backend == "inductor" else None
         self.function = torch.compile(own, fullgraph=True, dynamic=True, backend=backend, options=options)
         self.backend = backend
         self.known: set[tuple[torch.device, torch.dtype, bool]] = set()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
-from matfound.models.base import Backbone, NodeFeatures, Statistics
+from matfound.models.base import NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff
 from matfound.nn.gradients import leaf_vectors, order_of_edges, sum_over
 from matfound.nn.heads import EnergyHead, Readout
@@ -199,7 +199,7 @@ class MACEFeatures(NodeFeatures):
     pair_energy: Float[Tensor, " atoms"] | None = None
 
 
-class MACE(Tabulated, Backbone):
+class MACE(Tabulated):
     """MACE's architecture, with the options of the MACE-MP-0 models; its energy head is `MACEEnergyHead`.
 
     The scalars of every layer go to the heads, side by side. MACE-MP-0: cutoff 6, elements 1 to 89, and "128x0e" (small),
@@ -233,6 +233,7 @@ class MACE(Tabulated, Backbone):
     exact_cutoff = True
     channels: int
     symmetry: Literal["E3"] = "E3"
+    basis: TransformedBessel
     element_row: Tensor
 
     def __init__(
@@ -298,7 +299,7 @@ class MACE(Tabulated, Backbone):
 
     def tabulate(self) -> bool:
         """As `Backbone.tabulate`; not where weights depend on elements, too, or there is a density network."""
-        lengths_only = self.transform is None and all(layer.density_network is None for layer in self.layers)  # type: ignore[union-attr]
+        lengths_only = self.transform is None and all(layer.density_network is None for layer in self.layers)
         return lengths_only and super().tabulate()
 
     def fit_scales(self, statistics: Statistics) -> None:

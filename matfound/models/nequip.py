@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
-from matfound.models.base import Backbone, NodeFeatures, Statistics
+from matfound.models.base import NodeFeatures, Statistics
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
 from matfound.nn.gradients import leaf_vectors, order_of_edges
@@ -105,7 +105,7 @@ class Interaction(nn.Module):
         return self.gate(out)
 
 
-class NequIP(Tabulated, Backbone):
+class NequIP(Tabulated):
     """Plain NequIP and SevenNet's architecture in one class.
 
     Args:

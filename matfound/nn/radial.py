@@ -115,8 +115,9 @@ def _table(function: Callable[[Tensor], Tensor], cutoff: float, intervals: int, 
         torch.arange(2 * intervals + 1, dtype=torch.float64, device=device) / 2
     )  # rows, and the middles between them, where it is worst
     r = (places * step).clamp(min=1e-6)  # radial functions are divided by r
-    values, slopes = torch.func.jvp(function, (r,), (torch.ones_like(r),))
-    values = values - slopes * (r - places * step).unsqueeze(1)
+    found: tuple[Tensor, Tensor] = torch.func.jvp(function, (r,), (torch.ones_like(r),))  # type: ignore[assignment]
+    slopes = found[1]
+    values = found[0] - slopes * (r - places * step).unsqueeze(1)
     v, s = values[::2], slopes[::2] * step
     rise = v[1:] - v[:-1]
     inner = torch.stack([v[:-1], s[:-1], 3 * rise - 2 * s[:-1] - s[1:], s[:-1] + s[1:] - 2 * rise], dim=2)

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from matfound.nn.base import Backbone
 from matfound.nn.radial import BesselBasis, RadialMLP, radial_tables
 
 
-class Tabulated(nn.Module):
+class Tabulated(Backbone):
     """A backbone with `cutoff`, `basis` and `layers`, each of which has a `weight_network` of the radial functions, and a `table` or None.
 
     Tables are for float32 and for inference. They go when the model is set to train, or when weights are loaded.
@@ -41,7 +42,7 @@ class Tabulated(nn.Module):
         if found is None:
             return False
         for layer, table in zip(self.layers, found, strict=True):
-            layer.table = table.to(parameters[0])  # type: ignore[union-attr]
+            layer.table = table.to(parameters[0])
         return True
 
     def forget_tables(self) -> None:

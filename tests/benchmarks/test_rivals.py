@@ -1,0 +1,87 @@
+"""Benchmarks with rivals: rows, ratios, verdicts and exit codes, with small models in place of the rivals' code."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from matfound.models.base import Potential
+from matfound.models.nequip import NequIP
+from matfound.nn.heads import EnergyHead
+
+
+@pytest.fixture
+def family(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/nequip_family.py, with a tiny model for every code but one that is not installed."""
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    module = importlib.import_module("nequip_family")
+    codes = importlib.import_module("rivals.codes")
+    torch.manual_seed(0)
+    backbone = NequIP(3.0, 1, "2x0e", lmax=1, num_basis=2, radial_hidden=(), elements=range(1, 90), self_connection="none")
+    potential = Potential(backbone, {"energy": EnergyHead(())})
+    potential.heads["energy"].table.reference.zero_()
+
+    def missing() -> None:
+        raise ImportError("No module named 'rival'")
+
+    def code() -> object:
+        return codes.Ours(potential, torch.device("cpu"), stress=True)
+
+    def exact(*_: object) -> object:
+        reference = codes.Ours(potential.double(), torch.device("cpu"), stress=True)
+        potential.float()
+        return lambda structures: module.on_host(reference.infer(reference.batch(structures))())
+
+    monkeypatch.setattr(module, "makers", lambda *_: {"matfound": code, "e3nn": code, "oeq": missing})
+    monkeypatch.setattr(module, "exact", exact)
+    return module
+
+
+def options(out: Path) -> list[str]:
+    return ["--device", "cpu", "--models", "sevennet-0", "--sizes", "8", "--batch-atoms", "4", "--seconds", "0", "--out", str(out)]
+
+
+def test_every_task_is_a_row_with_a_ratio_and_a_verdict(family: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert family.main(options(tmp_path / "out.json")) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    ours = {row["task"]: row for row in rows if row["code"] == "matfound"}
+    assert set(ours) == set(family.TASKS)
+    assert all(row["ratio"] > 0 and row["agrees"] for row in ours.values())
+    assert set(ours["batch"]["differences"]) == {"energy", "forces", "stress"} and ours["train"]["loss"] > 0
+    assert [row["skipped"] for row in rows if row["code"] == "oeq"] == ["not installed: No module named 'rival'"]
+    assert "sevennet-0, ase: 8 atoms" in capsys.readouterr().out
+
+
+def test_missing_rivals_can_be_an_error(family: ModuleType, tmp_path: Path) -> None:
+    only = ["--tasks", "model", "--only", "matfound", "oeq"]
+    assert family.main([*options(tmp_path / "out.json"), *only]) == 0
+    assert family.main([*options(tmp_path / "out.json"), *only, "--require-rivals"]) == 1
+
+
+def test_other_numbers_are_noticed(family: ModuleType) -> None:
+    cell = {"task": "model", "atoms": 8, "structures": 1, "host": 1.0}
+    rows = [
+        cell | {"code": "matfound", "ms": 2.0, "differences": {"energy": [1e-3, 1.0]}},
+        cell | {"code": "e3nn", "ms": 4.0, "differences": {"energy": [1e-7, 1.0]}},
+        cell | {"code": "oeq", "ms": 3.0, "differences": {"energy": [1e-3, 1.0]}},
+    ]
+    assert family.judge(rows) == 1
+    assert rows[0]["agrees"] is False and rows[0]["ratio"] == 1.5 and "agrees" not in rows[2]
+
+
+def test_tensor_products_beside_e3nn(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    module = importlib.import_module("tensor_product")
+    monkeypatch.setitem(module.SPECS, "i", ("2x0e+2x1o", "0e+1o", "0e+1o"))
+    only = ["matfound", "matfound, inside", "e3nn", "oeq, sorted"]
+    out = tmp_path / "out.json"
+    assert module.main(["--device", "cpu", "--sizes", "5x20", "--specs", "i", "--only", *only, "--seconds", "0", "--out", str(out)]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert [cell["operation"] for cell in cells] == ["weights", "radial"]
+    for cell in cells:
+        rows = {row["implementation"]: row for row in cell["rows"]}
+        assert rows["matfound"]["agreement"] < 1e-5 and all(rows["matfound"][task]["ms"] > 0 for task in module.TASKS)
+        assert "skipped" in rows["oeq, sorted"]
