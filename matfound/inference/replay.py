@@ -306,6 +306,7 @@ class Replay:
         except (RuntimeError, InputError) as error:
             reason = str(error).strip().partition("\n")[0]
             log.warning("matfound: this model cannot be replayed on the GPU (%s); it runs without", reason)
+            log.debug("matfound: where recording failed", exc_info=error)
             self.failed, self._structure = True, None
             return False
         self.recorded += 1
