@@ -227,13 +227,18 @@ def split(predictions: dict[str, Tensor], batch: AtomicData) -> list[dict[str, T
     return out
 
 
-def clean(predictions: dict[str, Tensor], data: AtomicData) -> dict[str, Tensor]:
+def clean(predictions: dict[str, Tensor], data: AtomicData, lattice: bool | None = None) -> dict[str, Tensor]:
     """Take away the stress of a structure without a lattice, in place, and refuse what is not finite.
+
+    Args:
+        predictions: of one structure.
+        data: the structure.
+        lattice: `has_lattice(data)`, where it is known.
 
     Raises:
         InputError: names the output.
     """
-    if "stress" in predictions and not has_lattice(data):
+    if "stress" in predictions and not (has_lattice(data) if lattice is None else lattice):
         del predictions["stress"]
     for name, value in predictions.items():
         if not math.isfinite(float(value.sum())) and not torch.isfinite(value).all():  # the first takes half the time
