@@ -27,7 +27,7 @@ from matfound.structures.atomic_data import AtomicData, collate
 log = logging.getLogger(__name__)
 
 #: Structures with more pairs than this within cutoff + skin keep a GPU busy without: the pairs in the skin would cost more than is won.
-MAX_EDGES = 200_000
+MAX_EDGES = 300_000
 #: Calculations of the same atoms before a graph is made for them.
 PATIENCE = 2
 #: Room beyond the pairs that there are, and the number of rows is a multiple of this.
