@@ -287,7 +287,8 @@ def _replayed(
     fixed = np.zeros(len(atoms), bool)
     for constraint in atoms.constraints:
         fixed[constraint.get_indices()] = True
-    fire = ReplayedFIRE(replay, torch.from_numpy(fixed) if fixed.any() else None, cell=cell, fmax=fmax, max_steps=max_steps)
+    held = torch.from_numpy(fixed) if fixed.any() else None
+    fire = ReplayedFIRE(replay, held, cell=cell, fmax=fmax, max_steps=max_steps, ahead=not keep)
     for step, found in enumerate(fire):
         now: Step = {"energy": found.energy, "fmax": found.fmax}
         if cell:
