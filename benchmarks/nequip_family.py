@@ -179,7 +179,12 @@ def run_model(model: str, args: argparse.Namespace, device: torch.device) -> Ite
             yield head | {"skipped": timing.why(error)}
             continue
         wanted = MODES[key][1] if key in MODES else ("ase",) if code.calculator_only else TASKS
-        cells = [(task, case) for task in args.tasks if task in wanted for case in (single.values() if task in TASKS[:2] else [batch])]
+        cells = [
+            (task, case)
+            for task in TASKS
+            if task in args.tasks and task in wanted
+            for case in (single.values() if task in TASKS[:2] else [batch])
+        ]
         calculator = None
         for task, case in cells:
             assert case is not None

@@ -10,9 +10,11 @@ the calls:
 - + gradients of features, harmonics and weights;
 - + the derivative of those three gradients along random directions, with respect to everything: a step of training on forces.
 
-There are two operations: "weights" are given for each edge; or "radial" functions are, and the last matrix of the network that makes the
-weights of them: the product of both then is part of what is timed, whether an implementation makes it before or inside. Rivals are there
-in each of their forms: layouts, and with sums that are deterministic or atomic.
+There are two operations. "weights" are given for each edge. Or they depend on the "lengths" of edges, as in inference with a trained model:
+implementations that want weights get the last hidden values of the network that makes them, and the product of these with the network's
+last matrix is timed with the rest; the gradient is that of features, harmonics and hidden values. matfound looks the weights up in a table,
+inside its kernel, and its gradient is that of the length. Rivals are there in each of their forms: layouts, and with sums that are
+deterministic or atomic.
 
 "floor" is the least number of bytes that must move, each tensor once in and once out, over the bandwidth that a large copy reaches in the
 same run: x times the floor is what is left to gain. "host" is the time until a call returns. Agreement is the largest difference from
@@ -36,43 +38,61 @@ from rivals import timing
 from torch import Tensor
 
 from matfound import __version__
+from matfound.nn.radial import radial_tables
 from matfound.nn.so3.layout import from_e3nn, to_e3nn
 from matfound.ops.tensor_product import TensorProductSpec, edge_order, tensor_product_gather_sum
+from matfound.ops.tensor_product.table import tensor_product_gather_sum_tabulated
 
 SPECS = {
     "i": ("128x0e+128x1o", "0e+1o+2e+3o", "0e+1o+2e+3o"),
     "ii": ("64x0e+64x1o+64x2e", "0e+1o+2e", "0e+1o+2e"),
     "iii": ("32x0e+32x0o+32x1e+32x1o+32x2e+32x2o+32x3e+32x3o", "0e+1o+2e+3o", "0e+0o+1e+1o+2e+2o+3e+3o"),
 }
-OPERATIONS = ("weights", "radial")
-#: Radial functions of an edge, where they are given: the last hidden width of SevenNet's and MACE's weight networks.
-RADIAL = 64
 TASKS = ("forward", "+ backward", "+ double backward")
+OPERATIONS = {"weights": TASKS, "lengths": TASKS[:2]}
+#: The last hidden width of SevenNet's and MACE's weight networks.
+HIDDEN = 64
 Function = Callable[..., Tensor]
 
 
 class Problem:
-    """A spec on a graph, with the tensors in both layouts: features, harmonics, then weights, or radial functions and a matrix."""
+    """A spec on a graph, and its tensors.
+
+    Attributes:
+        ours: features and a cotangent of what comes out, in this package's layout.
+        theirs: the same in e3nn's.
+        harmonics: of each edge.
+        weights: of each edge, or the matrix that makes them of hidden values.
+        lengths: of each edge, between 0 and 1.
+    """
 
     def __init__(self, name: str, operation: str, nodes: int, edges: int, device: torch.device) -> None:
         self.spec = TensorProductSpec.full(*SPECS[name])
         self.nodes, self.edges, self.device, self.operation = nodes, edges, device, operation
         generator = torch.Generator().manual_seed(0)
+
+        def normal(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=generator).to(device)
+
         target, source = (torch.randint(nodes, (edges,), generator=generator) for _ in range(2))
         order = (target * nodes + source).argsort()
         self.target, self.source = target[order].to(device), source[order].to(device)
-        weights = self.spec.weight_numel
-        self.sizes = [(nodes, self.spec.blocks_in.dim), (edges, self.spec.blocks_sh.dim)]
-        self.sizes += [(edges, weights)] if operation == "weights" else [(edges, RADIAL), (RADIAL, weights)]
-        self.ours = [torch.randn(*size, generator=generator).to(device) for size in (*self.sizes, (nodes, self.spec.blocks_out.dim))]
-        if operation == "radial":
-            self.ours[3] /= RADIAL**0.5
-        self.theirs = [to_e3nn(self.ours[0], self.spec.irreps_in), *self.ours[1:-1], to_e3nn(self.ours[-1], self.spec.irreps_out)]
+        self.ours = (normal(nodes, self.spec.blocks_in.dim), normal(nodes, self.spec.blocks_out.dim))
+        self.theirs = (to_e3nn(self.ours[0], self.spec.irreps_in), to_e3nn(self.ours[1], self.spec.irreps_out))
+        self.harmonics = normal(edges, self.spec.blocks_sh.dim)
+        self.lengths = torch.rand(edges, generator=generator).to(device)
+        self.weights = normal(edges if operation == "weights" else HIDDEN, self.spec.weight_numel)
+
+    @staticmethod
+    def hidden(lengths: Tensor) -> Tensor:
+        """What stands for the last hidden values: smooth functions of the length."""
+        n = torch.arange(HIDDEN, dtype=lengths.dtype, device=lengths.device)
+        return torch.cos(n * (torch.pi / 8) * lengths.unsqueeze(1)) / HIDDEN**0.5
 
     def bytes(self, task: str) -> int:
         """The least traffic: every tensor that goes in or comes out, once; indices as 32-bit numbers."""
-        inputs = sum(rows * width for rows, width in self.sizes)
-        output = self.nodes * self.spec.blocks_out.dim
+        inputs = self.ours[0].numel() + self.harmonics.numel() + (self.weights if self.operation == "weights" else self.lengths).numel()
+        output = self.ours[1].numel()
         total = inputs + output + 2 * self.edges
         if task != TASKS[0]:
             total += 2 * inputs + output + 2 * self.edges
@@ -178,9 +198,19 @@ def openequivariance(problem: Problem, layout: str, *, deterministic: bool) -> F
     return run
 
 
-def ours_inside(problem: Problem) -> Function:
-    """This package's operation that makes the weights of each edge itself."""
-    raise NotImplementedError(f"no such operation yet ({problem.operation})")
+def ours_table(problem: Problem) -> Function:
+    """This package, with weights from a table."""
+    matrix = problem.weights.double()
+    tables = radial_tables([lambda lengths: problem.hidden(lengths) @ matrix], 1.0, problem.device)
+    assert tables is not None
+    table = tables[0].float()
+    order = edge_order(problem.source, problem.target, problem.nodes, is_sorted=True)
+
+    def run(x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+        place = lengths * (table.shape[0] - 1)
+        return tensor_product_gather_sum_tabulated(problem.spec, x, y, place, table, problem.source, problem.target, "auto", order)
+
+    return run
 
 
 @dataclasses.dataclass
@@ -191,36 +221,34 @@ class Implementation:
         make: the function of features, harmonics and weights.
         layout: it takes this package's layout, not e3nn's.
         by_output: its weights are in the order of what comes out, not of what goes in.
-        inside: its function takes radial functions and the matrix instead of weights.
+        table: its function takes lengths instead of weights.
         operations: in whose tables it is.
     """
 
     make: Callable[[Problem], Function]
     layout: bool = False
     by_output: bool = False
-    inside: bool = False
-    operations: tuple[str, ...] = OPERATIONS
+    table: bool = False
+    operations: tuple[str, ...] = tuple(OPERATIONS)
 
-    def tensors(self, problem: Problem) -> list[Tensor]:
-        """As it takes them: features, harmonics, weights or what makes them, and a cotangent."""
-        *first, weights, last = problem.ours if self.layout else problem.theirs
-        if self.by_output:
-            channels = [Irreps(problem.spec.irreps_in)[path[0]].mul for path in problem.spec.paths]
-            columns = weights.split(channels, dim=1)
-            weights = torch.cat([columns[n] for n, _ in sorted(enumerate(problem.spec.paths), key=lambda item: item[1][2])], dim=1)
-        return [*first, weights, last]
-
-    def function(self, problem: Problem) -> Function:
-        """As timed."""
+    def prepare(self, problem: Problem) -> tuple[Function, list[Tensor]]:
+        """The function that is timed, and what it takes, with a cotangent of what it gives."""
         made = self.make(problem)
-        if problem.operation == "weights" or self.inside:
-            return made
-        return lambda x, y, radial, matrix: made(x, y, radial @ matrix)
+        x, g = problem.ours if self.layout else problem.theirs
+        if self.table:
+            return made, [x, problem.harmonics, problem.lengths, g]
+        weights = problem.weights
+        if self.by_output:
+            columns = weights.split([Irreps(problem.spec.irreps_in)[path[0]].mul for path in problem.spec.paths], dim=1)
+            weights = torch.cat([columns[n] for n, _ in sorted(enumerate(problem.spec.paths), key=lambda item: item[1][2])], dim=1)
+        if problem.operation == "weights":
+            return made, [x, problem.harmonics, weights, g]
+        return lambda x, y, hidden: made(x, y, hidden @ weights), [x, problem.harmonics, problem.hidden(problem.lengths), g]
 
 
 IMPLEMENTATIONS = {
     "matfound": Implementation(lambda problem: ours(problem, "cuda" if problem.device.type == "cuda" else "auto"), layout=True),
-    "matfound, inside": Implementation(ours_inside, layout=True, inside=True, operations=("radial",)),
+    "matfound, table": Implementation(ours_table, layout=True, table=True, operations=("lengths",)),
     "matfound, reference": Implementation(lambda problem: ours(problem, "reference"), layout=True, operations=("weights",)),
     "e3nn": Implementation(e3nn),
     "e3nn, compiled": Implementation(e3nn_compiled, operations=("weights",)),
@@ -255,23 +283,23 @@ def measure(name: str, problem: Problem, seconds: float, limit: int) -> dict[str
     """Times, memory and agreement of one implementation; or why there are none."""
     implementation = IMPLEMENTATIONS[name]
     row: dict[str, Any] = {"implementation": name}
-    tensors = implementation.tensors(problem)
     timing.clean()
     try:
         began = time.perf_counter()
         with timing.limit(limit), torch.no_grad():
-            function = implementation.function(problem)
+            function, tensors = implementation.prepare(problem)
             out = function(*tensors[:-1])
         timing.clean()
         row["first_use_s"] = time.perf_counter() - began
     except Exception as error:  # noqa: BLE001 - one that fails must not end the comparison
         return row | {"skipped": timing.why(error)}
     row["output"] = (out if implementation.layout else from_e3nn(out, problem.spec.irreps_out)).cpu()
-    for task, call in tasks(function, tensors).items():
+    calls = tasks(function, tensors)
+    for task in OPERATIONS[problem.operation]:
         timing.clean()
         try:
             with timing.limit(limit):
-                row[task] = timing.timed(call, problem.device, seconds)
+                row[task] = timing.timed(calls[task], problem.device, seconds)
             row[task]["edges/s"] = problem.edges / row[task]["ms"] * 1e3
         except Exception as error:  # noqa: BLE001
             row[f"{task} failed"] = timing.why(error)
@@ -281,21 +309,21 @@ def measure(name: str, problem: Problem, seconds: float, limit: int) -> dict[str
 def show(title: str, rows: list[dict[str, Any]], floors: dict[str, float]) -> None:
     """A table."""
     print(f"\n{title}; floors {' / '.join(f'{floor:.3f}' for floor in floors.values())} ms")
-    print(f"{'':20s}" + "".join(f"{task:>38s}" for task in TASKS) + f"{'agreement':>11s}{'first use':>11s}")
-    print(f"{'':20s}" + f"{'ms  x floor  host ms  Medges/s   GiB':>38s}" * 3)
+    print(f"{'':20s}" + "".join(f"{task:>38s}" for task in floors) + f"{'agreement':>11s}{'first use':>11s}")
+    print(f"{'':20s}" + f"{'ms  x floor  host ms  Medges/s   GiB':>38s}" * len(floors))
     for row in rows:
         if "skipped" in row:
             print(f"{row['implementation']:20s}  {row['skipped']}")
             continue
         line = f"{row['implementation']:20s}"
-        for task in TASKS:
+        for task, floor in floors.items():
             if found := row.get(task):
-                line += f"{found['ms']:10.3f} {found['ms'] / floors[task]:6.2f}x{found['host']:9.3f}"
+                line += f"{found['ms']:10.3f} {found['ms'] / floor:6.2f}x{found['host']:9.3f}"
                 line += f" {found['edges/s'] / 1e6:9.1f} {found.get('GiB', 0):5.1f}"
             else:
                 line += f"{row[f'{task} failed'][:36]:>38s}"
         print(f"{line}{row['agreement']:11.1e}{row['first_use_s']:10.2f}s", flush=True)
-    for task in TASKS:
+    for task in floors:
         times = {row["implementation"]: row[task]["ms"] for row in rows if task in row}
         mine = [ms for name, ms in times.items() if name.startswith("matfound")]
         theirs = [ms for name, ms in times.items() if not name.startswith("matfound")]
@@ -312,7 +340,7 @@ def table(name: str, operation: str, nodes: int, edges: int, args: argparse.Name
         if (found := row.pop("output", None)) is not None:
             reference = found if reference is None else reference
             row["agreement"] = float((found - reference).abs().max() / reference.abs().max())
-    floors = {task: problem.bytes(task) / speed * 1e3 for task in TASKS}
+    floors = {task: problem.bytes(task) / speed * 1e3 for task in OPERATIONS[operation]}
     size = f"{len(problem.spec.paths)} paths, {nodes:,} nodes, {edges:,} edges"
     show(f"({name}) {Irreps(SPECS[name][0])} x {SPECS[name][1]}, {operation}: {size}", rows, floors)
     return {"spec": name, "operation": operation, "nodes": nodes, "edges": edges, "floors_ms": floors, "rows": rows}

@@ -24,9 +24,9 @@ PACKAGES = (
 
 def clean() -> None:
     """Free what is left of the code before, and start counting memory anew; TF32 off, whatever that code has set."""
-    gc.collect()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
