@@ -6,8 +6,8 @@ import torch
 from matfound.models.base import Potential, Statistics
 from matfound.models.nequip import NequIP
 from matfound.nn.heads import EnergyHead
-from matfound.structures.atomic_data import collate
 from matfound.ops import backends
+from matfound.structures.atomic_data import collate
 from matfound.testing import check_gradients, prepare, random_crystal
 
 
