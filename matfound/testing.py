@@ -105,9 +105,10 @@ def _without_references(potential: Potential) -> list[Tensor]:
 
 
 def evaluate(potential: Potential, structures: ase.Atoms | Sequence[ase.Atoms]) -> dict[str, Tensor]:
-    """Predictions for structures in one batch, by the model's first dataset."""
+    """Predictions for structures in one batch, by the model's first dataset, where the model is; on the CPU."""
     chosen = [structures] if isinstance(structures, ase.Atoms) else list(structures)
-    return potential(collate([prepare(potential, atoms) for atoms in chosen]))
+    batch = collate([prepare(potential, atoms) for atoms in chosen]).to(next(potential.parameters()).device)
+    return {name: value.cpu() for name, value in potential(batch).items()}
 
 
 def prepare(potential: Potential, atoms: ase.Atoms) -> AtomicData:

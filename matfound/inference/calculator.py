@@ -48,7 +48,7 @@ class ModelCalculator(ASECalculator):
             "positions": (before.positions, now.positions), "numbers": (before.numbers, now.numbers),
             "cell": (before.cell.array, now.cell.array), "pbc": (before.pbc, now.pbc),
         }  # fmt: skip
-        changes = [name for name, (a, b) in pairs.items() if not (np.array_equal(a, b) or _is_close(a, b, tol))]
+        changes = [name for name, (a, b) in pairs.items() if a.tobytes() != b.tobytes() and not _is_close(a, b, tol)]
         read = [key for key in INFO_INPUTS if key != "head" or self.head is None]
         changes += [key for key in read if not _same(before.info.get(key), now.info.get(key))]
         if "numbers" not in changes and ("tags" in before.arrays or "tags" in now.arrays):
@@ -138,14 +138,16 @@ class Calculator(ModelCalculator):
         self.head = head
         self.neighbors = SkinList(self.potential.graphs, skin=skin)
         self.replay = _replay(self.potential, skin, replay)
-        self._known: AtomicData | None = None  # the structure of the last calculation, where that was replayed
+        # The structure of the last calculation, where that was replayed, and whether it has a lattice.
+        self._known: tuple[AtomicData, bool] | None = None
         self.implemented_properties = property_names(self.potential.outputs)
 
     def take(self, atoms: ase.Atoms) -> bool:
         """Put atoms into `replay`, at once, where they can be replayed."""
+        self._known = None
         return self.replay is not None and self.replay.prepare(self._input(from_atoms(atoms, labels=False)), at_once=True)
 
-    def settle(self, atoms: ase.Atoms, predictions: dict[str, Tensor]) -> None:
+    def adopt(self, atoms: ase.Atoms, predictions: dict[str, Tensor]) -> None:
         """Make predictions that `replay` made the results for atoms where they are now."""
         data = self._input(from_atoms(atoms, labels=False))
         self.results, self.atoms, self._known = as_results(clean(predictions, data)), atoms.copy(), None
@@ -156,10 +158,11 @@ class Calculator(ModelCalculator):
     def _moved(self, properties: Sequence[str]) -> dict[str, Any] | None:
         if self.replay is None or self._known is None or self.atoms is None:
             return None
-        data = self._known
-        _require_lattice(properties, data)
+        data, lattice = self._known
+        if not lattice:
+            _require_lattice(properties, data)
         predictions = self.replay.move(torch.from_numpy(self.atoms.positions), data.cell)
-        return None if predictions is None else as_results(clean(predictions, data))
+        return None if predictions is None else as_results(clean(predictions, data, lattice))
 
     def _predict(self, sample: AtomicData) -> dict[str, Any]:
         self._known = None  # should this fail
@@ -167,8 +170,8 @@ class Calculator(ModelCalculator):
         if not data.num_nodes:
             return as_results(nothing(self.potential, data))
         if self.replay is not None and (predictions := self.replay(data)) is not None:
-            self._known = data
-            return as_results(clean(predictions, data))
+            self._known = data, has_lattice(data)
+            return as_results(clean(predictions, *self._known))
         batch = collate([data]).to(next(self.potential.parameters()).device)
         self.neighbors.update(batch)
         return as_results(clean(split(evaluate(self.potential, batch), batch)[0], data))
@@ -196,12 +199,12 @@ def _require_lattice(properties: Sequence[str], data: AtomicData) -> None:
 
 def _is_close(mine: np.ndarray, theirs: np.ndarray, tol: float) -> bool:
     """Whether two arrays of numbers are the same but for `tol`."""
-    return mine.shape == theirs.shape and mine.dtype == float and bool(np.abs(mine - theirs).max(initial=0.0) <= tol)
+    return mine.shape == theirs.shape and mine.dtype == theirs.dtype == float and bool(np.abs(mine - theirs).max(initial=0.0) <= tol)
 
 
 def _same(mine: Any, theirs: Any) -> bool:
     """Whether two values are equal: numbers, arrays, text or nothing at all, of numpy or not."""
-    return bool(np.array_equal(mine, theirs))
+    return mine is theirs or bool(np.array_equal(mine, theirs))
 
 
 def property_names(outputs: Iterable[str]) -> list[str]:

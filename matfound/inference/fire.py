@@ -18,8 +18,8 @@ from matfound.structures.atomic_data import volumes
 
 #: ASE's defaults: time step, its largest value, steps before it grows, factors, mixing and its factor, the longest step (Å).
 DT, DT_MAX, N_MIN, F_INC, F_DEC, A_START, F_A, MAX_STEP = 0.1, 1.0, 5, 1.1, 0.5, 0.1, 0.99, 0.2
-#: Terms and squarings of the matrix exponential: exact for any strain that a relaxation survives.
-TERMS, SQUARINGS = 12, 5
+#: Terms and squarings of the matrix exponential: exact to 1e-16 for logarithms up to 1, which is more strain than a relaxation survives.
+TERMS, SQUARINGS = 9, 4
 
 
 class Progress(NamedTuple):
@@ -63,10 +63,14 @@ class ReplayedFIRE:
         cell: relax the lattice, too.
         fmax: converged when no force is larger, eV/Å.
         max_steps: no more than these.
+        ahead: launch every step before the one before it has been read; then `evaluated` is right after the last one only.
     """
 
-    def __init__(self, replay: Replay, fixed: Bool[Tensor, " atoms"] | None, *, cell: bool, fmax: float, max_steps: int) -> None:
+    def __init__(
+        self, replay: Replay, fixed: Bool[Tensor, " atoms"] | None, *, cell: bool, fmax: float, max_steps: int, ahead: bool = True
+    ) -> None:
         assert replay.program is not None
+        self.ahead = ahead
         self.replay, self.cell, self.fmax, self.max_steps = replay, cell, fmax, max_steps
         program = replay.program
         device = program.inputs.device
@@ -75,6 +79,7 @@ class ReplayedFIRE:
         self.start = program.frame[:3].clone()
         extra = [torch.zeros(3, 3, dtype=torch.float64, device=device)] if cell else []
         self.x = torch.cat([program.pos, *extra])
+        self.deformation = torch.eye(3, dtype=torch.float64, device=device)
         self.velocity = torch.zeros_like(self.x)
         #: Time step, mixing, steps downhill, steps so far.
         self.state = torch.tensor([DT, A_START, 0.0, 0.0], dtype=torch.float64, device=device)
@@ -91,35 +96,52 @@ class ReplayedFIRE:
             InputError: as `Replay.settle`.
         """
         done = 0
+        waiting = self._launched()
         while True:
-            progress = self._step()
-            yield progress
-            if progress.fmax < self.fmax or done >= self.max_steps:
+            # The next step is launched before this one is read, so that the GPU does not wait for the host. Where there is none, because it
+            # has converged or pairs are missing, the launch finds the same place again and changes nothing.
+            following = self._launched() if self.ahead else None
+            shown = waiting()
+            if not self.replay.is_settled(*shown[4:]):
+                waiting = self._launched()
+                continue
+            yield Progress(*shown[:4])
+            if shown[1] < self.fmax or done >= self.max_steps:
                 return
+            waiting = following or self._launched()
             done += 1
 
     def evaluated(self) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor]]:
-        """Positions (atoms, 3), lattice vectors (3, 3) and predictions of the last step."""
+        """Positions (atoms, 3), lattice vectors (3, 3) and predictions of the present step."""
         assert self._program is not None
         place, results = self.place.cpu(), self._program.read()
         pos, frame = place[: 3 * self.atoms].view(-1, 3), place[3 * self.atoms :].view(4, 3)
         return pos.numpy().copy(), frame[:3].numpy().copy(), self._program.outputs(results)
 
-    def _step(self) -> Progress:
-        """Evaluate where the atoms are, and move them on."""
-        while True:
-            program = self.replay.program
-            if program is None:
-                raise InputError("the structure has changed so much that it cannot be replayed", remedy="Calculator(..., replay=False)")
-            with self.replay.on_device(), torch.no_grad():
-                if program is not self._program:
-                    self._record(program)
-                program.run()
-                self._run()
-                assert self.shown is not None
-                shown = self.shown.cpu().tolist()
-            if self.replay.is_settled(*shown[4:]):
-                return Progress(*shown[:4])
+    def _launched(self) -> Callable[[], list[float]]:
+        """Evaluate where the atoms are, and move them on; what comes back waits for the numbers of the step."""
+        program = self.replay.program
+        if program is None:
+            raise InputError("the structure has changed so much that it cannot be replayed", remedy="Calculator(..., replay=False)")
+        with self.replay.on_device(), torch.no_grad():
+            if program is not self._program:
+                self._record(program)
+            program.run()
+            self._run()
+            assert self.shown is not None
+            if self.shown.device.type != "cuda":
+                return self.shown.clone().tolist
+            there = torch.empty(len(self.shown), dtype=torch.float64, pin_memory=True)
+            there.copy_(self.shown, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+
+        def wait() -> list[float]:
+            event.synchronize()
+            found: list[float] = there.tolist()
+            return found
+
+        return wait
 
     def _record(self, program: Program) -> None:
         if program.results is None:
@@ -147,19 +169,19 @@ class ReplayedFIRE:
         for old, new in zip((self.x, self.velocity, self.state), self._advanced(f), strict=True):
             old.copy_(torch.where(going, new, old))
         if self.cell:
-            deformation = exponential(self.x[self.atoms :] / self.atoms).T
-            torch.mm(self.x[: self.atoms], deformation, out=program.pos)
-            torch.mm(self.start, deformation, out=cell)
+            self.deformation.copy_(exponential(self.x[self.atoms :] / self.atoms))
+            torch.mm(self.x[: self.atoms], self.deformation.T, out=program.pos)
+            torch.mm(self.start, self.deformation.T, out=cell)
         else:
             program.pos.copy_(self.x)
 
     def _with_cell(self, forces: Tensor, stress: Tensor, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Forces on the positions before the deformation, and on its logarithm."""
+        now = self.deformation
+        cofactors = torch.linalg.cross(now.roll(-1, 0), now.roll(-2, 0))
+        inverse = cofactors / (now[0] * cofactors[0]).sum()  # of the transpose
         log = self.x[self.atoms :] / self.atoms
-        deformation = exponential(log)
-        cofactors = torch.linalg.cross(deformation.roll(-1, 0), deformation.roll(-2, 0))
-        inverse = cofactors / (deformation[0] * cofactors[0]).sum()  # of the transpose
-        return forces @ deformation, exponential_adjoint(log, -volume * stress @ inverse) / self.atoms
+        return forces @ now, exponential_adjoint(log, -volume * stress @ inverse) / self.atoms
 
     def _advanced(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unknowns, velocities and numbers after a step."""

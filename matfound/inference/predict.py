@@ -13,6 +13,7 @@ from matfound.fields import FIELDS, Field, find
 from matfound.graphs.neighbors import add_graphs
 from matfound.models import checkpoint
 from matfound.models.base import Potential
+from matfound.nn.linear import IrrepsLinear
 from matfound.structures.atomic_data import AtomicData, check, collate, count_key, volumes
 
 #: Atoms per batch unless told otherwise.
@@ -26,7 +27,8 @@ def ready(model: str | Path | Potential, device: str | torch.device = "cpu", dty
     """A potential for inference: loaded if need be, on `device`, in `dtype`, in eval mode, without parameter gradients.
 
     A `Potential` that was handed in is copied, so that the caller's, perhaps in training, stays as it is. On a GPU weight networks of
-    the lengths of edges give way to tables that are as exact (`matfound.nn.tabulated`).
+    the lengths of edges give way to tables that are as exact (`matfound.nn.tabulated`), and linear maps of few atoms are one product each
+    (`matfound.nn.linear.IrrepsLinear.fold`).
 
     Args:
         model: name or folder of a checkpoint, or a potential.
@@ -39,10 +41,15 @@ def ready(model: str | Path | Potential, device: str | torch.device = "cpu", dty
     wanted = None if dtype is None else checkpoint.as_dtype(dtype)
     place = usable_device(device)
     potential = copy.deepcopy(model) if isinstance(model, Potential) else checkpoint.load(model)
+    linears = [module for module in potential.modules() if isinstance(module, IrrepsLinear)]
+    for linear in linears:
+        linear.unfold()  # of another type, perhaps
     potential.to(device=place, dtype=wanted)
     potential.eval().requires_grad_(False)
     if place.type == "cuda":
         potential.backbone.tabulate()
+        for linear in linears:
+            linear.fold()
     return potential
 
 
@@ -220,13 +227,18 @@ def split(predictions: dict[str, Tensor], batch: AtomicData) -> list[dict[str, T
     return out
 
 
-def clean(predictions: dict[str, Tensor], data: AtomicData) -> dict[str, Tensor]:
+def clean(predictions: dict[str, Tensor], data: AtomicData, lattice: bool | None = None) -> dict[str, Tensor]:
     """Take away the stress of a structure without a lattice, in place, and refuse what is not finite.
+
+    Args:
+        predictions: of one structure.
+        data: the structure.
+        lattice: `has_lattice(data)`, where it is known.
 
     Raises:
         InputError: names the output.
     """
-    if "stress" in predictions and not has_lattice(data):
+    if "stress" in predictions and not (has_lattice(data) if lattice is None else lattice):
         del predictions["stress"]
     for name, value in predictions.items():
         if not math.isfinite(float(value.sum())) and not torch.isfinite(value).all():  # the first takes half the time

@@ -287,18 +287,19 @@ def _replayed(
     fixed = np.zeros(len(atoms), bool)
     for constraint in atoms.constraints:
         fixed[constraint.get_indices()] = True
-    fire = ReplayedFIRE(replay, torch.from_numpy(fixed) if fixed.any() else None, cell=cell, fmax=fmax, max_steps=max_steps)
+    held = torch.from_numpy(fixed) if fixed.any() else None
+    fire = ReplayedFIRE(replay, held, cell=cell, fmax=fmax, max_steps=max_steps, ahead=not keep)
     for step, found in enumerate(fire):
         now: Step = {"energy": found.energy, "fmax": found.fmax}
         if cell:
             now |= {"max_stress": found.max_stress, "volume": found.volume}
         done = found.fmax < fmax
-        if keep or done or step == max_steps or not math.isfinite(found.fmax):
+        if keep or done or step == max_steps or not math.isfinite(found.energy + found.fmax):
             pos, vectors, predictions = fire.evaluated()
             if cell:
                 atoms.set_cell(vectors)
             atoms.set_positions(pos, apply_constraint=False)
-            calculator.settle(atoms, predictions)
+            calculator.adopt(atoms, predictions)
         yield now, done
 
 

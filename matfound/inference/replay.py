@@ -27,7 +27,7 @@ from matfound.structures.atomic_data import AtomicData, collate
 log = logging.getLogger(__name__)
 
 #: Structures with more pairs than this within cutoff + skin keep a GPU busy without: the pairs in the skin would cost more than is won.
-MAX_EDGES = 60_000
+MAX_EDGES = 300_000
 #: Calculations of the same atoms before a graph is made for them.
 PATIENCE = 2
 #: Room beyond the pairs that there are, and the number of rows is a multiple of this.
@@ -106,13 +106,15 @@ class Program:
         #: What is computed: every prediction, the slack of the pairs (Å) and the least squared distance (Å²), one after the other.
         self.results: Tensor | None = None
         self.layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._sizes: list[int] = []
         self._run: Callable[[], None] = self.compute
         pinned = device.type == "cuda"
         self._sent = torch.zeros(3 * atoms + 9, dtype=torch.float64, pin_memory=pinned)
         self._read: Tensor | None = None
 
     def load(self, batch: AtomicData) -> None:
-        """Take another structure with tensors of the same shapes; its pairs must be set, too."""
+        """Take another structure with tensors of the same shapes. No pair counts until its own are set."""
+        self.edges.origin.pos.fill_(torch.nan)
         for name, value in batch:
             if isinstance(value, Tensor):
                 self.batch[name].copy_(value)
@@ -134,6 +136,7 @@ class Program:
         pieces = [value.detach().double().reshape(-1) for value in predictions.values()]
         if self.results is None:
             self.layout = {name: (value.shape, value.dtype) for name, value in predictions.items()}
+            self._sizes = [math.prod(shape) for shape, _ in self.layout.values()]
             self.results = torch.cat([*pieces, torch.stack([slack, nearest])])
         else:
             torch.cat([*pieces, torch.stack([slack, nearest])], out=self.results)
@@ -163,12 +166,8 @@ class Program:
 
     def outputs(self, results: Tensor) -> dict[str, Tensor]:
         """Parts of the results by name."""
-        out, start = {}, 0
-        for name, (shape, dtype) in self.layout.items():
-            stop = start + math.prod(shape)
-            out[name] = results[start:stop].view(shape).to(dtype)
-            start = stop
-        return out
+        pieces = results.split([*self._sizes, 2])
+        return {name: piece.view(shape).to(dtype) for (name, (shape, dtype)), piece in zip(self.layout.items(), pieces, strict=False)}
 
 
 class Replay:
@@ -302,9 +301,13 @@ class Replay:
         program.place(batch.pos, batch.cell)
         try:
             program.record(1 if self.recorded else WARM_UPS)
+        except torch.OutOfMemoryError:
+            self._too_large, self._structure = self._last, None
+            return False
         except (RuntimeError, InputError) as error:
             reason = str(error).strip().partition("\n")[0]
             log.warning("matfound: this model cannot be replayed on the GPU (%s); it runs without", reason)
+            log.debug("matfound: where recording failed", exc_info=error)
             self.failed, self._structure = True, None
             return False
         self.recorded += 1

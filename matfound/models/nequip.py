@@ -101,7 +101,8 @@ class Interaction(nn.Module):
             )
         out = self.linear_out(_append(messages / self.denominator, modality))
         if self.self_connection is not None:
-            out = out + self.connection_scale * self.self_connection(x, element if self.elementwise else None)
+            connected = self.self_connection(x, element if self.elementwise else None)
+            out = out + (connected if self.connection_scale == 1 else self.connection_scale * connected)
         return self.gate(out)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from e3nn import o3
 
+from matfound.nn import linear
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
 from matfound.nn.linear import IrrepsLinear
@@ -112,6 +113,36 @@ def test_gate() -> None:
     assert torch.allclose(gate(x)[0, 6:15].view(3, 3)[:, 0], expected)
     assert Gate("3x0e").irreps_in.dim == 3
     check_op(gate, (torch.randn(2, gate.irreps_in.dim, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize(
+    ("irreps_in", "irreps_out"),
+    [("2x0e+3x1o+2x2e", "4x0e+1x1o+2x2e"), ("2x0e+3x1o+1x0e+2x1o", "3x1o+2x0e+1x1o+1x2e+2x0e"), ("2x1o", "3x0e"), ("0x0e", "2x0e")],
+)
+def test_folded_linear_maps(irreps_in: str, irreps_out: str) -> None:
+    layer = IrrepsLinear(irreps_in, irreps_out).double().eval()
+    x = torch.randn(5, layer.irreps_in.dim, dtype=torch.float64)
+    expected = layer(x)
+    layer.fold()
+    assert layer.folded is None, "weights may learn"
+    layer.requires_grad_(False)
+    layer.fold()
+    assert (layer.folded is not None) == bool(layer.irreps_in.dim and layer.weights)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
+    many = torch.randn(7, layer.irreps_in.dim, dtype=torch.float64)
+    limited, linear.FEW_PRODUCTS = linear.FEW_PRODUCTS, 6 * layer.irreps_in.dim * layer.irreps_out.dim
+    try:
+        torch.testing.assert_close(layer(many)[:5], layer(many[:5]), rtol=1e-13, atol=1e-13)
+    finally:
+        linear.FEW_PRODUCTS = limited
+    state = {name: 2 * value for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), 2 * expected)
+    layer.fold()
+    assert layer.train().folded is None
+    elementwise = IrrepsLinear("2x0e", "2x0e", 3).eval().requires_grad_(False)
+    elementwise.fold()
+    assert elementwise.folded is None
 
 
 @pytest.mark.parametrize("layer", [IrrepsLinear("2x0e+3x1o+2x2e", "4x0e+1x1o+2x2e"), IrrepsLinear("2x1o", "3x0e")])
