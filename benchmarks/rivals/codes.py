@@ -1,7 +1,7 @@
 """One potential in several codes, behind one interface."""
 
 import contextlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +22,7 @@ Outputs = tuple[Tensor, Tensor, Tensor | None]
 Labels = tuple[Tensor, Tensor, Tensor]
 
 
-class Code:
+class Code(ABC):
     """A model in somebody's code, ready to be timed.
 
     Attributes:

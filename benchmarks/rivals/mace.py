@@ -1,6 +1,7 @@
 """mace-torch 0.3.16 with each of its back ends, in the shape of MACE-MP-0-medium with random weights."""
 
 import contextlib
+import importlib
 import io
 import logging
 from collections.abc import Sequence
@@ -71,17 +72,15 @@ class MACETorch(Code):
     """
 
     def __init__(self, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        from importlib import import_module
-
         script, packages = BACKENDS[backend]
         for package in packages:
-            import_module(package)
+            importlib.import_module(package)
         self.device, self.dtype = device, dtype
         self.calculator_only = backend == "e3nn-compiled"
         with default_dtype(dtype), contextlib.redirect_stdout(io.StringIO()):
             self.model = original(dtype)
             if script is not None:
-                self.model = import_module(script).run(self.model, device=device.type, return_model=True)
+                self.model = importlib.import_module(script).run(self.model, device=device.type, return_model=True)
         self.module = self.model.to(device)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import io
 import re
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class SevenNet(Code):
         from sevenn.util import load_checkpoint
 
         option, package = BACKENDS[backend]
-        __import__(package)
+        importlib.import_module(package)
         self.name, self.device, self.dtype = NAMES[name], device, dtype
         self.options = {} if option is None else {option: True}
         with contextlib.redirect_stdout(io.StringIO()):
