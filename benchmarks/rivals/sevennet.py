@@ -50,7 +50,7 @@ class SevenNet(Code):
                 if type(module).__name__ == "OnehotEmbedding":  # makes float32 numbers, whatever the weights are
                     module.register_forward_hook(lambda _, __, data: data.apply(_doubled))
         self.model.set_is_batch_data(True)
-        if option is not None and any(isinstance(module, TensorProduct) for module in self.model.modules()):
+        if option is not None and any(type(module) is TensorProduct for module in self.model.modules()):  # gates have others
             raise RuntimeError("sevenn took e3nn's product all the same")
         self.module, self.trainable = self.model, [p for p in self.model.parameters() if p.requires_grad]
 
