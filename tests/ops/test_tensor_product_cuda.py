@@ -58,14 +58,14 @@ def test_sources_compile_without_a_gpu(kernels, name, architecture):
     dtype = {"shared": torch.float64, "holes": torch.bfloat16}.get(name, torch.float32)
     givens = (None, "xyw", "yw", "x") if spec.weighted else (None, "xy", "x")
     sources = [make(spec, dtype, given) for make in (cuda_source.forward, cuda_source.backward) for given in givens]
-    for source in [*sources, cuda_source.segment_sum(dtype)]:
+    for source in [*sources, cuda_source.segment_sum(dtype, 4)]:
         assert compiler.compile_source(source, architecture)[:4] == b"\x7fELF"
     assert len(list(kernels.glob("*.cubin"))) == len(sources) + 1
 
 
 @needs_nvrtc
 def test_what_was_compiled_is_kept(kernels, monkeypatch):
-    source = cuda_source.segment_sum(torch.float32)
+    source = cuda_source.segment_sum(torch.float32, 1)
     code = compiler.compile_source(source, "sm_90")
     monkeypatch.setattr(compiler, "_compiled", lambda *_: pytest.fail("compiled again"))
     assert compiler.compile_source(source, "sm_90") == code
@@ -75,7 +75,7 @@ def test_what_was_compiled_is_kept(kernels, monkeypatch):
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MATFOUND_CACHE", str(tmp_path / "file"))
-    assert compiler.compile_source(cuda_source.segment_sum(torch.float64), "sm_90")
+    assert compiler.compile_source(cuda_source.segment_sum(torch.float64, 4), "sm_90")
 
 
 @needs_nvrtc

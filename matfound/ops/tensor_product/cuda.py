@@ -19,7 +19,8 @@ from matfound.ops.tensor_product.registered import IMPLEMENTATIONS, Graph, Imple
 from matfound.ops.tensor_product.spec import TensorProductSpec
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_THREADS = 128
+#: In a block that sums over edges, at most.
+_THREADS = 256
 
 
 class _Launch(NamedTuple):
@@ -46,7 +47,7 @@ class _Plan:
         self.fills_out = {path[2] for path in spec.paths} == set(range(len(spec.blocks_out)))
         self.fused = bool(spec.paths) and is_fused(spec)
         self._known: dict[tuple[str, torch.dtype, int, str | None, bool], _Launch] = {}
-        self._sums: dict[tuple[torch.dtype, int], Kernel] = {}
+        self._sums: dict[tuple[torch.dtype, int, int], Kernel] = {}
 
     def launch(self, what: str, like: Tensor, given: str | None = None, *, table: bool = False) -> _Launch:
         """A kernel for tensors like this one."""
@@ -60,13 +61,17 @@ class _Plan:
         return found
 
     def segment_sum(self, values: Tensor, order: Tensor | None, rows: Tensor) -> Tensor:
-        """Sums over the edges of each atom."""
-        key = values.dtype, values.device.index
-        if key not in self._sums:
-            self._sums[key] = kernel(cuda_source.segment_sum(values.dtype), "segment_sum", values.device.index)
+        """Sums over the edges of each atom; `values` are contiguous and new."""
         atoms, width = rows.shape[0] - 1, values.shape[1]
+        each = 1 if width % 4 else 4
+        key = values.dtype, values.device.index, each
+        if key not in self._sums:
+            self._sums[key] = kernel(cuda_source.segment_sum(values.dtype, each), "segment_sum", values.device.index)
         out = values.new_empty(atoms, width)
-        self._sums[key](atoms * -(-width // _THREADS), _THREADS, values, order, rows, out, width, atoms)
+        columns = width // each
+        blocks = -(-columns // _THREADS)
+        threads = -(-columns // (blocks * LANES)) * LANES
+        self._sums[key](atoms * blocks, threads, values, order, rows, out, columns, atoms)
         return out
 
 

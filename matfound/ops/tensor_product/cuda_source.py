@@ -261,20 +261,39 @@ def _over_all_lanes(n: int) -> list[str]:
     return [*steps, f"if (lane == 0) dyr[{n}] = dy{n};"]
 
 
-def segment_sum(dtype: torch.dtype) -> str:
-    """`segment_sum(values, order, rows, out, width, atoms)`: out[atom] = sum of values[order[t]] over the atom's t."""
+def segment_sum(dtype: torch.dtype, each: int) -> str:
+    """`segment_sum(values, order, rows, out, width, atoms)`: out[atom] = sum of values[order[t]] over the atom's t.
+
+    A block takes one atom, or a part of its columns; a thread `each` columns, and `width` counts these.
+    """
     return (
         header(dtype)
+        + f"constexpr int N = {each}, AHEAD = 4;\n"
         + """\
-extern "C" __global__ void segment_sum(const T* __restrict__ values, const I* __restrict__ order, const I* __restrict__ rows,
-                                       T* __restrict__ out, I width, I atoms) {
+struct __align__(N * sizeof(T)) Some { T at[N]; };
+extern "C" __global__ void segment_sum(const Some* __restrict__ values, const I* __restrict__ order, const I* __restrict__ rows,
+                                       Some* __restrict__ out, I width, I atoms) {
   const I blocks = (width + blockDim.x - 1) / blockDim.x;
   const I atom = blockIdx.x / blocks, column = (blockIdx.x % blocks) * blockDim.x + threadIdx.x;
   if (column >= width) return;
-  A sum = 0;
+  A sum[N] = {};
   const I last = rows[atom + 1];
-  for (I t = rows[atom]; t < last; ++t) sum += GET(values[(order ? order[t] : t) * width + column]);
-  out[atom * width + column] = PUT(sum);
+  // Some rows are on their way while those before are added, in their order.
+  for (I t = rows[atom]; t < last; t += AHEAD) {
+    Some row[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k)
+      if (t + k < last) row[k] = values[(order ? order[t + k] : t + k) * width + column];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k)
+      if (t + k < last)
+#pragma unroll
+        for (int n = 0; n < N; ++n) sum[n] += GET(row[k].at[n]);
+  }
+  Some done;
+#pragma unroll
+  for (int n = 0; n < N; ++n) done.at[n] = PUT(sum[n]);
+  out[atom * width + column] = done;
 }
 """
     )
