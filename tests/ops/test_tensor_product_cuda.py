@@ -1,11 +1,13 @@
 """The CUDA tensor product: its sources compile anywhere; what they compute is tested on a GPU."""
 
+import e3nn
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matfound.errors import InputError
+from matfound.nn.so3.layout import from_e3nn, to_e3nn
 from matfound.ops import backends
 from matfound.ops.cuda import compiler
 from matfound.ops.tensor_product import (
@@ -256,12 +258,60 @@ def test_two_runs_are_the_same_bit_for_bit(dtype):
 
 
 @pytest.mark.gpu
-def test_strides_and_offsets():
-    spec = SPECS["ragged"]
+@pytest.mark.parametrize("name", ["ragged", "wide"])
+def test_strides_and_offsets(name):
+    spec = SPECS[name]
     (x, y, w, _), index = drawn(spec, 6, 30, torch.float32)
     expected = cuda.gather_sum(spec, x, y, w, *index)
     shifted = torch.cat([torch.zeros(1, device="cuda"), w.detach().flatten()])[1:].view(w.shape)
     assert torch.equal(cuda.gather_sum(spec, x.detach().T.contiguous().T, y.repeat(1, 2)[:, : y.shape[1]], shifted, *index), expected)
+
+
+@pytest.mark.gpu
+@given(irreps=IRREPS, lmax=st.integers(0, 3), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=10)
+def test_float32_is_as_exact_as_e3nn(irreps, lmax, seed):
+    irreps_sh = "+".join(f"{l}{'eo'[l % 2]}" for l in range(lmax + 1))
+    spec = TensorProductSpec.full(irreps, irreps_sh, "0e+0o+1o+1e+2e+3o")
+    exact, index = drawn(spec, 9, 60, seed=seed)
+    single = [tensor.detach().float().requires_grad_() for tensor in exact]
+    paths = [(i, j, k, "uvu", True) for i, j, k in spec.paths]
+    product = e3nn.o3.TensorProduct(
+        spec.irreps_in, spec.irreps_sh, spec.irreps_out, paths, shared_weights=False, internal_weights=False
+    ).cuda()
+
+    def by_e3nn(spec, x, y, w, source, target):
+        messages = product(to_e3nn(x, spec.irreps_in)[source], y, w)
+        return from_e3nn(messages.new_zeros(x.shape[0], messages.shape[1]).index_add(0, target, messages), spec.irreps_out)
+
+    results = (derivatives(function, spec, tensors, index) for function, tensors in (
+        (reference.gather_sum, exact), (cuda.gather_sum, single), (by_e3nn, single)
+    ))  # fmt: skip
+    for right, ours, theirs in zip(*results, strict=True):
+        if right.numel():
+            allowed = 2 * (theirs - right).abs().max() + 1e-7 * right.abs().max()
+            assert (ours - right).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+def test_more_numbers_than_32_bits_count():
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    spec, atoms, edges = TensorProductSpec.full("128x0e", "0e+1o", "0e+1o"), 100_000, 10_000_000
+    generator = torch.Generator("cuda").manual_seed(0)
+    target = torch.arange(edges, device="cuda") * atoms // edges
+    source = torch.randint(atoms, (edges,), generator=generator, device="cuda")
+    sizes = (atoms, 128), (edges, 4), (edges, spec.weight_numel)
+    x, y, w = (torch.randn(*size, generator=generator, device="cuda").requires_grad_() for size in sizes)
+    assert w.numel() > 2**31
+    out = cuda.gather_sum(spec, x, y, w, source, target, edge_order(source, target, atoms, is_sorted=True))
+    gradients = torch.autograd.grad(out, (y, w), torch.ones_like(out))
+    last = slice(edges - 1000, edges)
+    few = [tensor.detach()[last].requires_grad_() for tensor in (y, w)]
+    expected = reference.gather_sum(spec, x.detach(), *few, source[last], target[last])
+    assert torch.allclose(out[-10:], expected[-10:], atol=1e-4)
+    for got, right in zip(gradients, torch.autograd.grad(expected, few, torch.ones_like(expected)), strict=True):
+        assert torch.allclose(got[last], right, atol=1e-3)
 
 
 @pytest.mark.gpu
