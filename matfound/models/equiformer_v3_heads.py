@@ -148,9 +148,15 @@ class EquiformerV3Stress(Head):
         return {"stress": torch.where(lattice[:, None, None], stress, torch.full_like(stress, torch.nan))}
 
 
+@torch.compiler.assume_constant_result
+def _cartesian(device: torch.device) -> Tensor:
+    """As `_cartesian_once`, for torch.compile."""
+    return _cartesian_once(device)
+
+
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(mode=False)  # what is kept must serve gradients, too
-def _cartesian(device: torch.device) -> Float[Tensor, "9 3 3"]:
+def _cartesian_once(device: torch.device) -> Float[Tensor, "9 3 3"]:
     """Matrices of the components of l = 0, 1 and 2, float64; those of l = 1, the antisymmetric ones, are 0."""
     basis = torch.zeros(9, 3, 3, dtype=torch.float64)
     basis[0] = torch.eye(3, dtype=torch.float64) / 3**0.5

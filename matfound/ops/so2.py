@@ -36,6 +36,8 @@ class SO2Layout:
     def __post_init__(self) -> None:
         if not 0 <= self.mmax <= self.lmax:
             raise InputError(f"lmax = {self.lmax} and mmax = {self.mmax} do not fit", remedy="0 <= mmax <= lmax")
+        # Compiled code reads what is known, and cannot make it.
+        _ = self.widths, self.sizes, self.rows, self.numel, self.degrees, self.orders, self.full, self.rescale
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
@@ -218,12 +220,18 @@ def rotate_back(
     if layout.mmax == layout.lmax:
         return total
     # The rotation does not mix degrees, so that atoms can be scaled in place of edges.
-    return total * _rescale(layout, total.dtype, total.device)
+    return total * _rescale(layout.lmax, layout.mmax, total.dtype, total.device)
+
+
+@torch.compiler.assume_constant_result
+def _rescale(lmax: int, mmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(full, 1) factors of `SO2Layout.rescale`."""
+    return _rescale_once(lmax, mmax, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _rescale(layout: SO2Layout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(full, 1) factors of `SO2Layout.rescale`."""
+def _rescale_once(lmax: int, mmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    layout = SO2Layout(lmax, mmax)
     factors = [layout.rescale[l] for l in range(layout.lmax + 1) for _ in range(2 * l + 1)]
     with torch.inference_mode(False):  # what is kept must serve gradients, too
         return torch.tensor(factors, dtype=dtype, device=device).unsqueeze(1)

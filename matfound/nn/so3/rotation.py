@@ -142,7 +142,7 @@ def packed_rotation(
         angles = frames.gauge.unsqueeze(1) * table.order
         entries = entries * angles.cos() - entries.index_select(1, table.partner) * angles.sin()
     columns = (lmax + 1) ** 2
-    flat = entries.new_zeros(len(frames), SO2Layout(lmax, mmax).rows * columns, dtype=dtype)
+    flat = entries.new_zeros(len(frames), table.rows * columns, dtype=dtype)
     return flat.index_copy(1, table.place, entries.to(dtype)).unflatten(1, (-1, columns))
 
 
@@ -157,6 +157,7 @@ class _Table:
         order: m of the row; negative rows turn the other way.
         partner: the entry of the row with -m and the same column.
         place: in the flattened matrix.
+        rows: of the packed layout.
     """
 
     even: Tensor
@@ -165,11 +166,18 @@ class _Table:
     order: Tensor
     partner: Tensor
     place: Tensor
+    rows: int
+
+
+@torch.compiler.assume_constant_result
+def _table(lmax: int, mmax: int, device: torch.device) -> _Table:
+    """As `_table_once`; torch.compile would look through the cache at how a table is made."""
+    return _table_once(lmax, mmax, device)
 
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(mode=False)  # what is kept must serve gradients, too
-def _table(lmax: int, mmax: int, device: torch.device) -> _Table:
+def _table_once(lmax: int, mmax: int, device: torch.device) -> _Table:
     even = [i for degree in range(0, 2 * lmax + 1, 2) for i in range(degree**2, (degree + 1) ** 2)]
     rows = {index: row for row, index in enumerate(SO2Layout(lmax, mmax).full)}
     keys = [(l, m, n) for l in range(lmax + 1) for m in range(-min(l, mmax), min(l, mmax) + 1) for n in range(-l, l + 1)]
@@ -186,6 +194,7 @@ def _table(lmax: int, mmax: int, device: torch.device) -> _Table:
         torch.tensor([float(m) for _, m, _ in keys], dtype=torch.float64, device=device),
         torch.tensor([position[l, -m, n] for l, m, n in keys], device=device),
         torch.tensor(place, device=device),
+        len(rows),
     )
 
 
