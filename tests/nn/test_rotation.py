@@ -133,7 +133,7 @@ def test_no_edges_and_no_direction() -> None:
 
 
 def test_constants_made_in_inference_mode_serve_gradients() -> None:
-    rotation._table.cache_clear()
+    rotation._table_once.cache_clear()
     v = torch.randn(3, 3, dtype=torch.float64)
     with torch.inference_mode():
         packed_rotation(edge_frames(v), 3, 2)
