@@ -1,4 +1,4 @@
-"""Checkpoints of fairchem 1.x, ocp and the code of EquiformerV3: EquiformerV2 and EquiformerV3 as potentials.
+"""Checkpoints of fairchem 1.x, ocp and the code of EquiformerV3: EquiformerV2, EquiformerV3, SchNet, DimeNet++ and PaiNN as potentials.
 
 What differs between the files: prefixes of the keys (`module.`, `_orig_mod.`, any number of them); the configuration, whose model is a
 name with `model_attributes` beside it in the older files; normalizers called `target` and `grad_target` there; the layout, one network
@@ -21,7 +21,7 @@ from torch import Tensor
 from matfound.errors import InputError, nearest
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Backbone, Head, Potential
-from matfound.models.convert import equiformer_v2, equiformer_v3
+from matfound.models.convert import baselines, equiformer_v2, equiformer_v3
 from matfound.models.convert.tensors import Tensors
 from matfound.models.equiformer_v2_heads import EquiformerV2Energy
 from matfound.nn.heads import EnergyTable, Float64Buffers
@@ -55,7 +55,12 @@ def _families() -> dict[str, _Family]:
 
         return _Family(build, equiformer_v3.fill, equiformer_v3.DERIVED)
 
-    return {**dict.fromkeys(equiformer_v2.MODELS, v2), "equiformer_v3": v3(False), "equiformer_v3_dens": v3(True)}
+    return {
+        **dict.fromkeys(equiformer_v2.MODELS, v2),
+        "equiformer_v3": v3(False),
+        "equiformer_v3_dens": v3(True),
+        **{name: _Family(*functions, baselines.DERIVED) for name, functions in baselines.MODELS.items()},
+    }
 
 
 def recognises(content: object) -> bool:
