@@ -1,13 +1,13 @@
 """SchNet: continuous-filter convolutions on distances.
 
 Schütt et al., "SchNet: A continuous-filter convolutional neural network for modeling quantum interactions", NeurIPS 2017, arXiv:1706.08566;
-as a baseline of OC20 in Chanussot et al., 10.1021/acscatal.0c04525. The interaction block is PyG's.
+as a baseline of OC20 in Chanussot et al., 10.1021/acscatal.0c04525. The convolution is PyG's.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch_geometric.nn.models.schnet import InteractionBlock
+from torch_geometric.nn.models.schnet import CFConv
 
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
@@ -16,6 +16,31 @@ from matfound.models.perceptron_heads import ShiftedSoftplus
 from matfound.nn.gradients import leaf_vectors
 from matfound.nn.radial import GaussianBasis
 from matfound.structures.atomic_data import AtomicData
+
+
+class Interaction(nn.Module):
+    """W σ( continuous-filter convolution(x) ). PyG's block registers the filter network twice, which no checkpoint can hold."""
+
+    def __init__(self, channels: int, num_basis: int, num_filters: int, cutoff: float) -> None:
+        super().__init__()
+        first, second = nn.Linear(num_basis, num_filters), nn.Linear(num_filters, num_filters)
+        self.conv = CFConv(channels, channels, num_filters, nn.Sequential(first, ShiftedSoftplus(), second), cutoff)
+        self.activation = ShiftedSoftplus()
+        self.lin = nn.Linear(channels, channels)
+        for layer in (first, second, self.lin):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "atoms channels"],
+        edge_index: Int[Tensor, "2 edges"],
+        r: Float[Tensor, " edges"],
+        basis: Float[Tensor, "edges num"],
+    ) -> Float[Tensor, "atoms channels"]:
+        """What is added to the atoms."""
+        added: Tensor = self.lin(self.activation(self.conv(x, edge_index, r, basis)))
+        return added
 
 
 class SchNet(Backbone):
@@ -53,7 +78,7 @@ class SchNet(Backbone):
         self.channels = channels
         self.embedding = nn.Embedding(num_elements, channels)
         self.basis = GaussianBasis(cutoff, num_basis, width=1.0)
-        self.interactions = nn.ModuleList([_interaction(channels, num_basis, num_filters, cutoff) for _ in range(num_layers)])
+        self.interactions = nn.ModuleList([Interaction(channels, num_basis, num_filters, cutoff) for _ in range(num_layers)])
 
     def forward(self, batch: AtomicData) -> NodeFeatures:
         """Features of every atom; the batch carries the graph "main"."""
@@ -70,10 +95,3 @@ class SchNet(Backbone):
         for interaction in self.interactions:
             x = x + interaction(x, edge_index, r, basis)
         return x
-
-
-def _interaction(channels: int, num_basis: int, num_filters: int, cutoff: float) -> InteractionBlock:
-    """PyG's block, in which ln 2 has the digits of the default type when it was made; here it has all of them."""
-    block = InteractionBlock(channels, num_basis, num_filters, cutoff)
-    block.act = block.mlp[1] = ShiftedSoftplus()
-    return block

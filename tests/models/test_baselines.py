@@ -16,6 +16,7 @@ from torch_geometric.nn.models.dimenet import SphericalBasisLayer
 
 from matfound import unpickle
 from matfound.errors import InputError
+from matfound.models import checkpoint as saved
 from matfound.models.base import Backbone, Head, Potential, Statistics
 from matfound.models.cgcnn import CGCNN, CGCNNEnergy
 from matfound.models.convert import fairchem
@@ -106,6 +107,14 @@ def test_parameter_gradients_of_a_force_loss(name: str) -> None:
         with torch.no_grad():
             parameter[row, 1] -= sign * h
     assert float(parameter.grad[row, 1]) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_keeps_everything(name: str, tmp_path: Path) -> None:
+    potential = model(name).eval()
+    again = saved.load(saved.save(potential, tmp_path / "model"))
+    before, after = (evaluate(found, structures()) for found in (potential, again))
+    assert all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
 
 
 @pytest.mark.parametrize("name", NAMES)

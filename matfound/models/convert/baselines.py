@@ -47,6 +47,8 @@ DERIVED = r"(^|\.)(distance_expansion|radial_basis\.rbf)\.offset$|\.conv\.nn\.|(
 #: Foreign name to ours, in this order, each as often as it occurs.
 _NAMES: dict[type[Backbone], list[tuple[str, str]]] = {
     SchNet: [
+        (r"^interactions\.(\d+)\.conv\.nn\.", r"twice.\1."),
+        (r"^interactions\.(\d+)\.mlp\.", r"backbone.interactions.\1.conv.nn."),
         (r"^(embedding|interactions)\.", r"backbone.\1."),
         (r"^lin1\.", "heads.energy.network.0."),
         (r"^lin2\.", "heads.energy.network.2."),
