@@ -9,6 +9,7 @@ Energies come back in eV: the file's normalizers and element references are part
 1e6 eV was not in the training data (least squares leave anything there) and is not known.
 """
 
+import functools
 import logging
 import re
 import warnings
@@ -21,7 +22,7 @@ from torch import Tensor
 from matfound.errors import InputError, nearest
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Backbone, Head, Potential
-from matfound.models.convert import baselines, equiformer_v2, equiformer_v3
+from matfound.models.convert import equiformer_v2, equiformer_v3
 from matfound.models.convert.tensors import Tensors
 from matfound.models.equiformer_v2_heads import EquiformerV2Energy
 from matfound.nn.heads import EnergyTable, Float64Buffers
@@ -46,7 +47,7 @@ class _Family(NamedTuple):
     derived: str
 
 
-def _families() -> dict[str, _Family]:
+def _families() -> dict[str, _Family | Callable[[], _Family]]:
     v2 = _Family(equiformer_v2.build, equiformer_v2.fill, equiformer_v2.DERIVED)
 
     def v3(denoising: bool) -> _Family:
@@ -59,8 +60,15 @@ def _families() -> dict[str, _Family]:
         **dict.fromkeys(equiformer_v2.MODELS, v2),
         "equiformer_v3": v3(False),
         "equiformer_v3_dens": v3(True),
-        **{name: _Family(*functions, baselines.DERIVED) for name, functions in baselines.MODELS.items()},
+        **{name: functools.partial(_baseline, name) for name in ("schnet", "dimenetplusplus", "painn")},
     }
+
+
+def _baseline(name: str) -> _Family:
+    """Imported when it is needed: PyG's layers take a second."""
+    from matfound.models.convert import baselines
+
+    return _Family(*baselines.MODELS[name], baselines.DERIVED)
 
 
 def recognises(content: object) -> bool:
@@ -88,7 +96,8 @@ def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: s
     families = _families()
     if name not in families:
         raise InputError(f"the model '{name}' of the file is not read", remedy=nearest(name, families))
-    family = families[name]
+    found = families[name]
+    family = found if isinstance(found, _Family) else found()
     state = _state(content, family.derived, ema=ema)
     potential, coarse = _build(family, config, heads, list(datasets) or ["default"], licence)
     potential.to(state.left[next(iter(state.left))].dtype)
