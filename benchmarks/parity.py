@@ -3,10 +3,11 @@
     python benchmarks/parity.py ../shared/golden --require sevennet --save ours.npz
 
 DIR holds fixtures: a folder for each model, made by the original code. For SevenNet it has `structures.extxyz` and `outputs.npz`, and its
-name says which weights and which level of theory (`sevennet_0`, `sevennet_mf_0_pbe`, …). For the Equiformers (`eqv2_*`, `eqv3_*`) it has
-`config.json` and `state_dict.pt`, which `matfound convert` reads as well, and folders beside it, `<model>_<case>`, have inputs, outputs and
-the frames that were drawn for the edges, which are fed. Graphs are matfound's own; only where neighbours at the same distance (1e-6 Å)
-compete for the last places, the stored edges are fed, and the row says so. What must hold:
+name says which weights and which level of theory (`sevennet_0`, `sevennet_mf_0_pbe`, …). For models of fairchem 1.x (`eqv2_*`, `eqv3_*`,
+`schnet*`, `dimenetplusplus*`, `painn*`) it has `config.json` and `state_dict.pt`, which `matfound convert` reads as well, and folders
+beside it, `<model>_<case>`, have inputs, outputs and, for the Equiformers, the frames that were drawn for the edges, which are fed.
+Graphs are matfound's own; only where neighbours at the same distance (1e-6 Å) compete for the last places, the stored edges are fed, and
+the row says so. What must hold:
 
 - edges and numbers of parameters are equal;
 - float64: |ours - reference| ≤ 1e-9 · max(1, max|reference|);
@@ -180,7 +181,7 @@ def _outputs(potential: Potential, frames: list[ase.Atoms], head: str | None) ->
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- Equiformers
+# -------------------------------------------------------------------------------------------------------------- fairchem 1.x
 
 
 @dataclass
@@ -319,7 +320,7 @@ def raw_outputs(potential: Potential, case: Case, precision: str, *, dens: bool)
     if "edge_rand" in content:
         draw = content["edge_rand"][case.order]
         potential.backbone.frames = lambda vectors: frames_from_draw(vectors, draw)  # type: ignore[assignment]
-    else:
+    elif content.get("edge_rot_mat") is not None:
         saved = frames_from_matrix(content["edge_rot_mat"][case.order])
         potential.backbone.frames = lambda vectors: saved  # type: ignore[assignment]
     moved = torch.zeros(batch.num_nodes, dtype=torch.bool)
@@ -345,7 +346,14 @@ def raw_outputs(potential: Potential, case: Case, precision: str, *, dens: bool)
 # --------------------------------------------------------------------------------------------------------------------- all
 
 #: How the names of a family's folders start, to what compares one of them. A folder that none takes is "not built".
-FAMILIES: dict[str, Callable[[Path, Arrays], Iterator[Row]]] = {"sevennet_": sevennet, "eqv2_": equiformer, "eqv3_": equiformer}
+FAMILIES: dict[str, Callable[[Path, Arrays], Iterator[Row]]] = {
+    "sevennet_": sevennet,
+    "eqv2_": equiformer,
+    "eqv3_": equiformer,
+    "schnet": equiformer,
+    "dimenetplusplus": equiformer,
+    "painn": equiformer,
+}
 
 
 def fixtures(root: Path) -> list[Path]:

@@ -32,11 +32,11 @@ def add_index(parser: Any) -> None:
     parser.add_argument("--index", metavar="SLICE", help="only these frames of each file, as ASE writes them: 0, -1, :100, ::10")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--model, --head, --device, --dtype."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", required=True, metavar="M", help="checkpoint folder, or the name of a published model (see `matfound models ls`)"
+        "--model", required=required, metavar="M", help="checkpoint folder, or the name of a published model (see `matfound models ls`)"
     )
     group.add_argument(
         "--head",

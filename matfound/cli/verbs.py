@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matfound.cli.oc20 import add_parsers as add_oc20_parsers
 from matfound.cli.options import add_batch, add_index, add_model, add_reading, reading
 from matfound.errors import InputError
 
@@ -79,7 +80,7 @@ def _predict(args: argparse.Namespace) -> int:
                 raise error.at(place[0], place[1]) from None
 
     count = 0
-    with replacing(out) as temporary, _Writer(temporary) as write, _Progress("predicting") as advance:
+    with replacing(out) as temporary, _Writer(temporary) as write, ProgressBar("predicting") as advance:
         predictions = predict(potential, samples(), dataset=args.head, max_atoms=args.batch_atoms)
         while True:
             try:
@@ -142,6 +143,7 @@ def _evaluate_parser(verbs: Any) -> None:
     errors.add_argument("--by", default="config_type", metavar="KEY", help="group frames by this key of theirs (default config_type)")
     errors.add_argument("--out", metavar="DIR", help="write errors.json, errors.md and errors.html there")
     errors.set_defaults(action=_errors)
+    add_oc20_parsers(inner)
 
 
 def _errors(args: argparse.Namespace) -> int:
@@ -152,7 +154,7 @@ def _errors(args: argparse.Namespace) -> int:
     options = reading(args)
     potential = ready(args.model, args.device, args.dtype)
     datasets = _open_datasets(args.files, options)
-    with _Progress("predicting", sum(len(dataset) for dataset in datasets)) as advance:
+    with ProgressBar("predicting", sum(len(dataset) for dataset in datasets)) as advance:
         result = evaluate(potential, datasets, head=args.head, by=args.by, max_atoms=args.batch_atoms, progress=advance)
     out = console()
     for title, rows in result.sections():
@@ -204,7 +206,7 @@ def check_output(out: Path, inputs: Sequence[str]) -> None:
         raise InputError("is a folder, expected a file to write", file=out)
 
 
-class _Progress:
+class ProgressBar:
     """A bar on the terminal (nothing elsewhere); call it after each structure. Without a total, a count."""
 
     def __init__(self, text: str, total: int | None = None) -> None:

@@ -238,7 +238,7 @@ def test_mistakes():
     assert "option use_s2_act_attn = True is not known here, expected False" in mistake(options(use_s2_act_attn=True))
     assert "options sphere_chanels are not known here (did you mean 'sphere_channels'?)" in mistake(options(sphere_chanels=4))
     assert "several resolutions" in mistake(options(lmax_list=[2, 1]))
-    assert "the model 'painn' of the file is not read" in mistake(lambda c: c["config"].update(model={"name": "painn"}))
+    assert "the model 'scn' of the file is not read" in mistake(lambda c: c["config"].update(model={"name": "scn"}))
     assert "the options of the model cannot be read" in mistake(options(lmax_list=3))
     with pytest.raises(InputError, match="received names for 2"):
         fairchem.convert(foreign(PLAIN), ["a", "b"])

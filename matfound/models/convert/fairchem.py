@@ -1,4 +1,4 @@
-"""Checkpoints of fairchem 1.x, ocp and the code of EquiformerV3: EquiformerV2 and EquiformerV3 as potentials.
+"""Checkpoints of fairchem 1.x, ocp and the code of EquiformerV3: EquiformerV2, EquiformerV3, SchNet, DimeNet++ and PaiNN as potentials.
 
 What differs between the files: prefixes of the keys (`module.`, `_orig_mod.`, any number of them); the configuration, whose model is a
 name with `model_attributes` beside it in the older files; normalizers called `target` and `grad_target` there; the layout, one network
@@ -9,6 +9,7 @@ Energies come back in eV: the file's normalizers and element references are part
 1e6 eV was not in the training data (least squares leave anything there) and is not known.
 """
 
+import functools
 import logging
 import re
 import warnings
@@ -46,7 +47,7 @@ class _Family(NamedTuple):
     derived: str
 
 
-def _families() -> dict[str, _Family]:
+def _families() -> dict[str, _Family | Callable[[], _Family]]:
     v2 = _Family(equiformer_v2.build, equiformer_v2.fill, equiformer_v2.DERIVED)
 
     def v3(denoising: bool) -> _Family:
@@ -55,7 +56,19 @@ def _families() -> dict[str, _Family]:
 
         return _Family(build, equiformer_v3.fill, equiformer_v3.DERIVED)
 
-    return {**dict.fromkeys(equiformer_v2.MODELS, v2), "equiformer_v3": v3(False), "equiformer_v3_dens": v3(True)}
+    return {
+        **dict.fromkeys(equiformer_v2.MODELS, v2),
+        "equiformer_v3": v3(False),
+        "equiformer_v3_dens": v3(True),
+        **{name: functools.partial(_baseline, name) for name in ("schnet", "dimenetplusplus", "painn")},
+    }
+
+
+def _baseline(name: str) -> _Family:
+    """Imported when it is needed: PyG's layers take a second."""
+    from matfound.models.convert import baselines
+
+    return _Family(*baselines.MODELS[name], baselines.DERIVED)
 
 
 def recognises(content: object) -> bool:
@@ -83,7 +96,8 @@ def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: s
     families = _families()
     if name not in families:
         raise InputError(f"the model '{name}' of the file is not read", remedy=nearest(name, families))
-    family = families[name]
+    found = families[name]
+    family = found if isinstance(found, _Family) else found()
     state = _state(content, family.derived, ema=ema)
     potential, coarse = _build(family, config, heads, list(datasets) or ["default"], licence)
     potential.to(state.left[next(iter(state.left))].dtype)
