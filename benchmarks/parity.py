@@ -8,8 +8,8 @@ name says which weights and which level of theory (`sevennet_0`, `sevennet_mf_0_
 the frames that were drawn for the edges, which are fed. Graphs are matfound's own; only where neighbours at the same distance (1e-6 Å)
 compete for the last places, the stored edges are fed, and the row says so. What must hold:
 
-- edges and numbers of parameters are equal; for GemNet-OC (`gemnet_oc*`, folders as for the Equiformers) the edges of up to four graphs, up to
-  three sets of triplets, and the number of quadruplets;
+- edges and numbers of parameters are equal; for GemNet-OC (`gemnet_oc*`, folders as for the Equiformers) the edges of up to four graphs,
+  up to three sets of triplets, and the number of quadruplets;
 - float64: |ours - reference| ≤ 1e-9 · max(1, max|reference|);
 - float32: |ours - float64 reference| ≤ 4 · (the largest float32 - float64 difference of the reference itself) + 1e-6 · max|reference|.
 
