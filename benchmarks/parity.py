@@ -30,8 +30,6 @@ from typing import Any
 import ase.io
 import numpy as np
 import torch
-from parity_graphs import Case, prepared, prepared_gemnet
-from parity_rows import Row, equal, largest, within
 
 from matfound import catalog, load, unpickle
 from matfound.errors import InputError
@@ -46,6 +44,11 @@ from matfound.models.gemnet_oc import GemNetOC
 from matfound.nn.so3.grid import GridWarning
 from matfound.nn.so3.rotation import frames_from_draw, frames_from_matrix
 from matfound.structures.ase import from_atoms
+
+# Other programs import this one without its folder.
+sys.path.append(str(Path(__file__).resolve().parent))
+from parity_graphs import Case, prepared, prepared_gemnet
+from parity_rows import Row, equal, largest, within
 
 DEFAULT = Path(os.environ.get("MATFOUND_DATA", Path(__file__).resolve().parents[2] / "shared")) / "golden"
 Arrays = dict[str, np.ndarray]

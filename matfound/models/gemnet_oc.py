@@ -75,16 +75,16 @@ class GemNetFeatures(NodeFeatures):
     """Also the features of each edge (of all blocks, concatenated), the unit vectors and the edges that they belong to.
 
     Args:
-        edge_features: (edges, channels); None without direct forces.
+        edge_features: (main edges, channels); None without direct forces.
         units: from target to source.
         edges: the symmetrised main graph.
         swap: index of the opposite of each edge.
     """
 
-    edge_features: Float[Tensor, "edges channels"] | None = None
-    units: Float[Tensor, "edges 3"] | None = None
+    edge_features: Float[Tensor, "main_edges edge_channels"] | None = None
+    units: Float[Tensor, "main_edges 3"] | None = None
     edges: Edges | None = None
-    swap: Int[Tensor, " edges"] | None = None
+    swap: Int[Tensor, " main_edges"] | None = None
 
 
 class GemNetOC(Backbone):

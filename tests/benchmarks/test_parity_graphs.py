@@ -21,9 +21,7 @@ def parity(repo: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("matfound_benchmarks_parity_graphs", repo / "benchmarks/parity.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules["matfound_benchmarks_parity_graphs"] = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(repo / "benchmarks")  # where its own modules are found when it is run
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -248,9 +248,7 @@ def load_factors(backbone: GemNetOC, factors: Mapping[str, Any]) -> None:
     for name, scale in scales.items():
         before = float(scale.factor)
         if before and abs(before - given[name]) > 1e-5 * abs(before):
-            raise InputError(
-                f"the scale factor '{name}' is {before:g} among the weights and {given[name]:g} apart", remedy="get the file again"
-            )
+            raise InputError(f"the scale factor '{name}' is {given[name]:g}, and {before:g} in the model", remedy="get the file again")
     with torch.no_grad():
         for name, scale in scales.items():
             scale.factor.fill_(given[name])
