@@ -9,7 +9,8 @@ beside it, `<model>_<case>`, have inputs, outputs and, for the Equiformers, the 
 Graphs are matfound's own; only where neighbours at the same distance (1e-6 Å) compete for the last places, the stored edges are fed, and
 the row says so. What must hold:
 
-- edges and numbers of parameters are equal;
+- edges and numbers of parameters are equal; for GemNet-OC (`gemnet_oc*`, folders as for the Equiformers) the edges of up to four graphs,
+  up to three sets of triplets, and the number of quadruplets;
 - float64: |ours - reference| ≤ 1e-9 · max(1, max|reference|);
 - float32: |ours - float64 reference| ≤ 4 · (the largest float32 - float64 difference of the reference itself) + 1e-6 · max|reference|.
 
@@ -24,7 +25,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,76 +35,24 @@ import torch
 from matfound import catalog, load, unpickle
 from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
-from matfound.graphs.neighbors import add_graphs, edge_vectors
-from matfound.graphs.spec import GraphSpec
+from matfound.graphs.neighbors import add_graphs
 from matfound.inference.predict import predict
 from matfound.inference.results import as_results
 from matfound.models import published
 from matfound.models.base import Potential
 from matfound.models.convert import fairchem
+from matfound.models.gemnet_oc import GemNetOC
 from matfound.nn.so3.grid import GridWarning
 from matfound.nn.so3.rotation import frames_from_draw, frames_from_matrix
 from matfound.structures.ase import from_atoms
-from matfound.structures.atomic_data import AtomicData, collate
+
+# Other programs import this one without its folder.
+sys.path.append(str(Path(__file__).resolve().parent))
+from parity_graphs import Case, prepared, prepared_gemnet
+from parity_rows import Row, equal, largest, within
 
 DEFAULT = Path(os.environ.get("MATFOUND_DATA", Path(__file__).resolve().parents[2] / "shared")) / "golden"
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass
-class Row:
-    """One comparison; `status` says why there is none."""
-
-    fixture: str
-    key: str = ""
-    difference: float = 0.0
-    tolerance: float = 0.0
-    status: str = ""
-    failed: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether it holds; a row without a comparison holds unless it failed."""
-        return not self.failed and self.difference <= self.tolerance
-
-    @property
-    def ratio(self) -> float:
-        """Difference over tolerance: what ranks the rows."""
-        if not self.ok:
-            return math.inf if self.failed or not self.tolerance else self.difference / self.tolerance
-        return self.difference / self.tolerance if self.tolerance else 0.0
-
-    def cells(self) -> list[str]:
-        """For the table."""
-        if self.status and not self.key:
-            return [self.fixture, "", "", "", "OFF" if self.failed else "", self.status]
-        exact = not self.tolerance
-        numbers = [f"{self.difference:g}", "equal"] if exact else [f"{self.difference:.2e}", f"{self.tolerance:.2e}"]
-        return [self.fixture, self.key, *numbers, "ok" if self.ok else "OFF", self.status]
-
-
-def within(fixture: str, key: str, ours: np.ndarray, reference: np.ndarray, tolerance: float) -> Row:
-    """Largest difference; where the reference has none (NaN), neither may we."""
-    if ours.shape != reference.shape:
-        return Row(fixture, key, math.inf, tolerance, f"shape {ours.shape}, reference {reference.shape}", failed=True)
-    if not np.array_equal(np.isnan(ours), np.isnan(reference)):
-        return Row(fixture, key, math.inf, tolerance, "defined for other structures than the reference", failed=True)
-    there = ~np.isnan(reference)
-    difference = float(np.abs(ours[there].astype(np.float64) - reference[there]).max(initial=0.0))
-    return Row(fixture, key, difference, tolerance)
-
-
-def largest(values: np.ndarray) -> float:
-    """The largest magnitude that is a number."""
-    return float(np.nan_to_num(np.abs(values.astype(np.float64)), nan=0.0).max(initial=0.0))
-
-
-def equal(fixture: str, key: str, ours: np.ndarray | int, reference: np.ndarray | int) -> Row:
-    """Integers that must be the same."""
-    found, wanted = np.atleast_1d(ours), np.atleast_1d(reference)
-    if found.shape != wanted.shape:
-        return Row(fixture, key, math.inf, 0.0, f"shape {found.shape}, reference {wanted.shape}", failed=True)
-    return Row(fixture, key, float(np.abs(found - wanted).max(initial=0)), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------- SevenNet
@@ -184,17 +132,6 @@ def _outputs(potential: Potential, frames: list[ase.Atoms], head: str | None) ->
 # -------------------------------------------------------------------------------------------------------------- fairchem 1.x
 
 
-@dataclass
-class Case:
-    """A folder of inputs and outputs."""
-
-    name: str
-    content: dict[str, Any]
-    batch: AtomicData
-    order: torch.Tensor
-    remark: str = ""
-
-
 def equiformer(folder: Path, computed: Arrays) -> Iterator[Row]:
     """Raw outputs in float64 and float32, edges, and the number of parameters."""
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -211,6 +148,11 @@ def equiformer(folder: Path, computed: Arrays) -> Iterator[Row]:
     }
     cases = []
     for name, content in contents.items():
+        if isinstance(potential.backbone, GemNetOC):
+            case, rows = prepared_gemnet(name, content, potential)
+            yield from rows
+            cases.append(case)
+            continue
         case = prepared(name, content, potential.graphs[MAIN_GRAPH])
         if isinstance(case, Row):
             yield case
@@ -251,51 +193,6 @@ def judged(
         size = largest(reference.numpy())
         tolerance = 1e-9 * max(1.0, size) if precision == "f64" else 4 * spread[key] + 1e-6 * size
         yield within(name, label, ours[key].numpy().reshape(reference.shape), reference.numpy(), tolerance)
-
-
-def prepared(name: str, content: dict[str, Any], spec: GraphSpec) -> Case | Row:
-    """Our graph of a case, and for each of our edges the stored one; a row where the edges are not the same for no reason."""
-    inputs, graph = content["inputs"], content["graph"]
-    ends = torch.cumsum(inputs["natoms"], 0).tolist()
-    samples = [
-        AtomicData(numbers=inputs["atomic_numbers"][a:b], pos=inputs["pos"][a:b].double(), cell=cell[None].double(), pbc=pbc[None])
-        for a, b, cell, pbc in zip([0, *ends[:-1]], ends, inputs["cell"], inputs["pbc"], strict=True)
-    ]
-    batch = collate([add_graphs(sample, {MAIN_GRAPH: spec}) for sample in samples])
-    ours = torch.cat([batch.edge_index, batch.edge_shift.T.to(torch.int64)]).T
-    theirs = torch.cat([graph["edge_index"], graph["cell_offsets"].round().T.to(torch.int64)]).T
-    place = {tuple(edge): n for n, edge in enumerate(theirs.tolist())}
-    order = [place.get(tuple(edge), -1) for edge in ours.tolist()]
-    if len(ours) == len(theirs) and -1 not in order:
-        return Case(name, content, batch, torch.tensor(order))
-    reason = tie(samples, spec, ours, theirs, batch, graph["edge_distance"])
-    if reason:
-        return Row(name, "edges", math.inf, 0.0, reason, failed=True)
-    index = torch.argsort(theirs[:, 1], stable=True)
-    batch.edge_index, batch.edge_shift = theirs[index, :2].T.contiguous(), theirs[index, 2:].to(batch.edge_shift.dtype)
-    batch.edge_perm = torch.argsort(batch.edge_index[0], stable=True)
-    return Case(name, content, batch, index, "a tie at the cut: the stored edges are fed")
-
-
-def tie(
-    samples: list[AtomicData], spec: GraphSpec, ours: torch.Tensor, theirs: torch.Tensor, batch: AtomicData, stored: torch.Tensor
-) -> str:
-    """Why the edges differ without a tie at the cut; empty if there is one for every atom whose edges differ."""
-    if len(ours) != len(theirs) or spec.max_neighbors is None:
-        return f"{len(ours)} edges, reference {len(theirs)}"
-    mine = torch.linalg.vector_norm(edge_vectors(batch), dim=1)
-    everything = collate([add_graphs(sample.clone(), {MAIN_GRAPH: GraphSpec(spec.cutoff)}) for sample in samples])
-    distances = torch.linalg.vector_norm(edge_vectors(everything), dim=1)
-    for atom in range(batch.num_nodes):
-        if {tuple(e) for e in ours[ours[:, 1] == atom].tolist()} == {tuple(e) for e in theirs[theirs[:, 1] == atom].tolist()}:
-            continue
-        both = [values.double().sort().values for values in (mine[ours[:, 1] == atom], stored[theirs[:, 1] == atom])]
-        if len(both[0]) != len(both[1]) or float((both[0] - both[1]).abs().max()) > 1e-4:
-            return f"atom {atom} has other neighbours, at other distances"
-        around = distances[everything.edge_index[1] == atom].sort().values
-        if float(around[spec.max_neighbors] - around[spec.max_neighbors - 1]) >= 1e-6:
-            return f"atom {atom} has other neighbours, and no tie at the cut"
-    return ""
 
 
 def noise_mask(content: dict[str, Any], precision: str) -> torch.Tensor:
@@ -353,6 +250,7 @@ FAMILIES: dict[str, Callable[[Path, Arrays], Iterator[Row]]] = {
     "schnet": equiformer,
     "dimenetplusplus": equiformer,
     "painn": equiformer,
+    "gemnet_oc": equiformer,
 }
 
 

@@ -14,7 +14,7 @@ from e3nn.o3 import Irrep, Irreps, rand_matrix
 from jaxtyping import Float
 from torch import Tensor
 
-from matfound.fields import FIELDS, MAIN_GRAPH
+from matfound.fields import FIELDS
 from matfound.graphs.neighbors import add_graphs
 from matfound.inference.replay import Replay, is_possible
 from matfound.models.base import Potential
@@ -258,11 +258,11 @@ def check_batching(potential: Potential, structures: Sequence[ase.Atoms]) -> Non
 
 
 def check_continuity(potential: Potential) -> None:
-    """Near the cutoff the pair energy falls off as (cutoff - r)^(continuity + 1) or faster, and beyond it is exactly constant.
+    """Near the largest cutoff the pair energy falls off as (cutoff - r)^(continuity + 1) or faster, and beyond it is exactly constant.
 
     With continuity -1, it may jump.
     """
-    cutoff = potential.graphs[MAIN_GRAPH].cutoff
+    cutoff = max(spec.cutoff for spec in potential.graphs.values())
     order = potential.backbone.continuity
     number = min(potential.elements(0))
 

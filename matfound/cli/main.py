@@ -18,6 +18,7 @@ VERBS = {
     "validate": ("matfound.cli.lightning", "run a trained model on its validation data"),
     "test": ("matfound.cli.lightning", "run a trained model on its test data"),
     "finetune": ("matfound.cli.finetune", "adapt a model to your data: matfound finetune my.extxyz --model M --out DIR"),
+    "fit-scales": ("matfound.cli.fit_scales", "GemNet-OC's scale factors: matfound fit-scales gemnet_oc/base FILE --out DIR"),
     "relax": ("matfound.cli.relax", "relax structures: matfound relax a.cif b.cif --model M --cell"),
     "predict": ("matfound.cli.verbs", "energies, forces, …: matfound predict in.extxyz out.extxyz --model M"),
     "evaluate": ("matfound.cli.verbs", "errors against labels: matfound evaluate errors FILE --model M"),

@@ -46,7 +46,7 @@ def add_parser(verbs: Any) -> None:
         help="checkpoints of other projects",
         description="Turn a checkpoint of another project into a folder of matfound. The file is read by a restricted unpickler: it cannot "
         "run code. Formats: SevenNet (.pth); MACE, exported as the documentation of matfound.models.convert.mace says; EquiformerV2 "
-        "and V3 of fairchem 1.x and its forks (.pt).",
+        "and V3 and GemNet-OC of fairchem 1.x and its forks (.pt).",
     )
     convert.add_argument("file", metavar="FILE", help="a checkpoint, or the name of a published potential")
     convert.add_argument("out", metavar="OUT", help="folder to write; it must not exist, or be empty")

@@ -198,10 +198,11 @@ def _nearest(target: Tensor, squared: Tensor, spec: GraphSpec, natoms: int) -> T
     first = torch.cumsum(counts, 0) - counts
     if spec.strict:
         return torch.arange(len(target), device=target.device) - first[target] < limit
+    measure = squared if spec.tie_squared else squared.sqrt()
     crowded = counts > limit
     farthest = torch.full((natoms,), torch.inf, dtype=squared.dtype, device=squared.device)
-    farthest[crowded] = squared[first[crowded] + limit] + spec.tie_tolerance
-    return squared <= farthest[target]
+    farthest[crowded] = measure[first[crowded] + limit] + spec.tie_tolerance
+    return measure <= farthest[target]
 
 
 def _by_target_and_distance(target: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,14 @@ class GraphSpec:
             whose squared distance is at most `tie_tolerance` beyond that of the first one that would be cut off (number
             `max_neighbors` + 1, which is kept too), so that symmetry-equivalent neighbours stay together. This is fairchem's rule.
         tie_tolerance: width of a tie in Å^2, a difference of squared distances.
+        tie_squared: False for a width in Å, a difference of distances: fairchem's rule for a graph that is a part of another.
     """
 
     cutoff: float
     max_neighbors: int | None = None
     strict: bool = True
     tie_tolerance: float = 0.01
+    tie_squared: bool = True
 
     def __post_init__(self) -> None:
         if not self.cutoff > 0:

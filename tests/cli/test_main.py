@@ -37,7 +37,7 @@ def test_help(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for verb, (_, line) in VERBS.items():
-        assert f"\n    {verb} " in text or f"{verb}  " in text
+        assert f"\n    {verb} " in text or f"{verb}  " in text or f"\n    {verb}\n" in text
         assert line.split(":")[0] in text.replace("\n                        ", " ")
     assert "exit codes" in text
 

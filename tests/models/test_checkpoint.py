@@ -43,7 +43,7 @@ def test_round_trip_is_exact(saved: tuple[Potential, Path]) -> None:
 def test_config_says_what_the_model_promises(saved: tuple[Potential, Path]) -> None:
     config = json.loads((saved[1] / "config.json").read_text())
     assert config["format_version"] == upgrades.FORMAT_VERSION
-    assert config["graphs"] == {"main": {"cutoff": 4.0, "max_neighbors": None, "strict": True, "tie_tolerance": 0.01}}
+    assert config["graphs"] == {"main": {"cutoff": 4.0, "max_neighbors": None, "strict": True, "tie_tolerance": 0.01, "tie_squared": True}}
     assert (config["symmetry"], config["continuity"], config["conservative"]) == ("E3", 2, True)
     assert config["fields"]["forces"]["unit"] == "eV/Å" and config["datasets"] == ["a", "b"] and config["licence"] == "MIT"
 

@@ -1,4 +1,4 @@
-"""Checkpoints of fairchem 1.x, ocp and the code of EquiformerV3: EquiformerV2, EquiformerV3, SchNet, DimeNet++ and PaiNN as potentials.
+"""Checkpoints of fairchem 1.x, ocp and the code of EquiformerV3: EquiformerV2, EquiformerV3, GemNet-OC, SchNet, DimeNet++ and PaiNN.
 
 What differs between the files: prefixes of the keys (`module.`, `_orig_mod.`, any number of them); the configuration, whose model is a
 name with `model_attributes` beside it in the older files; normalizers called `target` and `grad_target` there; the layout, one network
@@ -22,9 +22,10 @@ from torch import Tensor
 from matfound.errors import InputError, nearest
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Backbone, Head, Potential
-from matfound.models.convert import equiformer_v2, equiformer_v3
+from matfound.models.convert import equiformer_v2, equiformer_v3, gemnet_oc
 from matfound.models.convert.tensors import Tensors
 from matfound.models.equiformer_v2_heads import EquiformerV2Energy
+from matfound.models.gemnet_oc import GemNetOC
 from matfound.nn.heads import EnergyTable, Float64Buffers
 from matfound.nn.so3.grid import GridWarning
 from matfound.structures.atomic_data import AtomicData
@@ -56,10 +57,12 @@ def _families() -> dict[str, _Family | Callable[[], _Family]]:
 
         return _Family(build, equiformer_v3.fill, equiformer_v3.DERIVED)
 
+    gemnet = _Family(gemnet_oc.build, gemnet_oc.fill, gemnet_oc.DERIVED)
     return {
         **dict.fromkeys(equiformer_v2.MODELS, v2),
         "equiformer_v3": v3(False),
         "equiformer_v3_dens": v3(True),
+        **dict.fromkeys(gemnet_oc.MODELS, gemnet),
         **{name: functools.partial(_baseline, name) for name in ("schnet", "dimenetplusplus", "painn")},
     }
 
@@ -108,6 +111,8 @@ def convert(content: Mapping[str, Any], datasets: Sequence[str] = (), licence: s
                 state.take(key)
         family.fill(potential.backbone, dict(potential.heads.items()), state)  # type: ignore[arg-type]
         state.finish()
+        if isinstance(potential.backbone, GemNetOC):
+            gemnet_oc.complete_factors(potential.backbone, content.get("scale_dict"))
         _scale(potential, content)
     if coarse:
         _measure(potential)
@@ -153,7 +158,8 @@ def _state(content: Mapping[str, Any], derived: str, *, ema: bool) -> Tensors:
         log.warning("matfound: the last weights are taken, not the averaged ones (ema)")
         return state
     # They are in the order of the parameters, as the state dict is, and without those that are not trained.
-    names = [key for key in state.left if not re.search(derived, key) and not key.endswith("energy_lin_ref")]
+    untrained = ("energy_lin_ref", ".scale_factor")
+    names = [key for key in state.left if not re.search(derived, key) and not key.endswith(untrained)]
     if [tuple(state.left[name].shape) for name in names] != [tuple(tensor.shape) for tensor in averaged]:
         raise InputError("the averaged weights (ema) are not those of the model's tensors", remedy="convert the last weights: --no-ema")
     log.warning("matfound: the averaged weights (ema) are taken")
