@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fit_scales(args: argparse.Namespace) -> int:
     from matfound.cli.models import _new_folder
-    from matfound.cli.verbs import _Progress
+    from matfound.cli.verbs import ProgressBar
     from matfound.inference.predict import usable_device
     from matfound.models import checkpoint
     from matfound.models.gemnet_oc import GemNetOC
@@ -55,7 +55,7 @@ def _fit_scales(args: argparse.Namespace) -> int:
     if not isinstance(potential.backbone, GemNetOC):
         raise InputError(f"{type(potential.backbone).__name__} has no scale factors", remedy="fit-scales is for GemNet-OC")
     batches = _batches(potential, args)
-    with _Progress("fitting") as advance:
+    with ProgressBar("fitting") as advance:
         factors = fit_factors(potential.backbone, batches, refit=args.refit, progress=advance)
     for name, factor in factors.items():
         print(f"{factor:10.4f}  {name}")
