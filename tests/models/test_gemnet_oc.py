@@ -1,6 +1,9 @@
 """GemNet-OC: parity with the published code, symmetry, tags, scale factors, edge cases, training."""
 
 import importlib.util
+import json
+import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +11,7 @@ from typing import Any
 
 import ase
 import ase.build
+import ase.io
 import pytest
 import torch
 
@@ -207,8 +211,6 @@ def test_published_factors(shared_data, name, blocks, count):
 
 def test_older_layout(shared_data, caplog):
     """Normalizers by their old names, the model's options apart, scale factors in a dictionary of their own, prefixes."""
-    import json
-
     folder = shared_data / "golden/gemnet_oc_quad"
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     state: Any = unpickle.load(folder / "state_dict.pt")
@@ -241,3 +243,21 @@ def test_outer_sum():
     torch.testing.assert_close(outer_sum(a, b, index, starts), expected)
     assert torch.autograd.gradcheck(lambda a, b: outer_sum(a, b, index, starts), (a, b))
     assert torch.autograd.gradgradcheck(lambda a, b: outer_sum(a, b, index, starts), (a, b))
+
+
+@pytest.mark.skipif("MATFOUND_WEIGHTS" not in os.environ, reason="MATFOUND_WEIGHTS does not name a folder of published files")
+def test_published_weights(shared_data):
+    """fairchem's own snapshot of the base model, in normalised units."""
+    file = Path(os.environ["MATFOUND_WEIGHTS"]) / "gemnet_oc_base_s2ef_all.pt"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    content: Any = unpickle.load(file)
+    content.pop("normalizers", None)
+    content.pop("ema", None)
+    potential = fairchem.convert(content).eval()
+    assert sum(p.numel() for p in potential.parameters()) == 38_864_438
+    found = evaluate(potential, ase.io.read(shared_data / "data/fairchem/tests_core_models_atoms.json", format="json"))
+    snapshot = (shared_data / "data/fairchem/snapshots/test_gemnet_oc.ambr").read_text(encoding="utf-8")
+    energy, forces = (json.loads(text) for text in re.findall(r"array\((\[.*?\])(?:,\s*dtype=\w+)?,?\s*\)", snapshot, re.DOTALL)[:2])
+    assert found["energy"].numpy() == pytest.approx(energy, abs=1e-3, rel=1e-3)
+    assert found["forces"].numpy().ravel() == pytest.approx([x for row in forces for x in row], abs=1e-3, rel=1e-3)
