@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit_scales(args: argparse.Namespace) -> int:
-    from matfound.cli.models import _new_folder
+    from matfound.cli.models import new_folder
     from matfound.cli.verbs import ProgressBar
     from matfound.inference.predict import usable_device
     from matfound.models import checkpoint
     from matfound.models.gemnet_oc import GemNetOC
     from matfound.models.gemnet_oc_scales import fit_factors
 
-    out = _new_folder(args.out)
+    out = new_folder(args.out)
     potential = _model(args.model, args.seed).to(usable_device(args.device))
     if not isinstance(potential.backbone, GemNetOC):
         raise InputError(f"{type(potential.backbone).__name__} has no scale factors", remedy="fit-scales is for GemNet-OC")

@@ -235,7 +235,7 @@ def _fetch(args: argparse.Namespace) -> int:
         return _fetch_downloaded(args, download_card)
     name, _, weights = published.card(args.name)
     folder = published.cached(name, weights.sha256)
-    out = None if args.out is None else _new_folder(args.out)
+    out = None if args.out is None else new_folder(args.out)
     there = (folder / checkpoint.CONFIG).is_file()
     download = not there and not _installed_as_published(weights)
     if there:
@@ -268,7 +268,7 @@ def _fetch_downloaded(args: argparse.Namespace, weights: "DownloadedWeightsCard"
     if args.dry_run:
         print(f"would convert {file}" if file else f"not here; {downloaded.how_to_get(weights)}")
         return 0
-    out = None if args.out is None else _new_folder(args.out)
+    out = None if args.out is None else new_folder(args.out)
     potential = downloaded.load(name, catalog.model(name), weights)
     if out is not None:
         checkpoint.save(potential, out, downloaded.front_matter(name, catalog.model(name), weights))
@@ -295,7 +295,7 @@ def _ask(question: str) -> None:
         raise InputError("nothing was downloaded", remedy="answer y, or add --yes")
 
 
-def _new_folder(text: str) -> Path:
+def new_folder(text: str) -> Path:
     """A folder to write: not there yet, or empty, as a checkpoint takes the place of all that was in it.
 
     Raises:
@@ -314,7 +314,7 @@ def _convert(args: argparse.Namespace) -> int:
     from matfound import catalog
     from matfound.models import checkpoint, downloaded, published
 
-    out = _new_folder(args.out)
+    out = new_folder(args.out)
     datasets = [name.strip() for name in args.datasets.split(",") if name.strip()] if args.datasets else []
     if not Path(args.file).exists() and args.file.lower() in published.names():
         if datasets:
