@@ -41,15 +41,14 @@ def ready(model: str | Path | Potential, device: str | torch.device = "cpu", dty
     wanted = None if dtype is None else checkpoint.as_dtype(dtype)
     place = usable_device(device)
     potential = copy.deepcopy(model) if isinstance(model, Potential) else checkpoint.load(model)
-    linears = [module for module in potential.modules() if isinstance(module, IrrepsLinear)]
-    for linear in linears:
-        linear.unfold()  # of another type, perhaps
-    potential.to(device=place, dtype=wanted)
+    # Tables and folded maps of an earlier inference go: they were made for another type, perhaps.
+    potential.train().to(device=place, dtype=wanted)
     potential.eval().requires_grad_(False)
     if place.type == "cuda":
         potential.backbone.tabulate()
-        for linear in linears:
-            linear.fold()
+        for module in potential.modules():
+            if isinstance(module, IrrepsLinear):
+                module.fold()
     return potential
 
 

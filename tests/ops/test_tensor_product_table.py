@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from matfound.errors import InputError
+from matfound.inference.predict import ready
 from matfound.models.base import Potential
 from matfound.models.mace import MACE, MACEEnergyHead
 from matfound.models.nequip import NequIP
@@ -131,6 +132,16 @@ def test_models(kind: str) -> None:
     model.train()
     assert all(layer.table is None for layer in model.backbone.layers) and not model.backbone.tabulate()
     assert not potential(kind).double().backbone.tabulate(), "float64 needs the network"
+
+
+def test_a_copy_for_another_type_has_no_tables() -> None:
+    model = potential("nequip")
+    assert model.backbone.tabulate()
+    linear = model.backbone.layers[0].linear_in
+    linear.fold()
+    copy = ready(model, "cpu", "float64")
+    assert all(layer.table is None for layer in copy.backbone.layers) and copy.backbone.layers[0].linear_in.folded is None
+    assert not copy.training and model.backbone.layers[0].table is not None and linear.folded is not None
 
 
 def test_models_without_tables() -> None:
