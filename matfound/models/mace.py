@@ -65,12 +65,12 @@ class MACELayer(nn.Module):
         super().__init__()
         channels = Irreps(irreps_out)[0].mul
         irreps_sum = str(Irreps([(channels, ir) for _, ir in Irreps(irreps_sh)]))
-        self.spec = TensorProductSpec.full(irreps_in, irreps_sh, irreps_sh)
+        self.spec = TensorProductSpec.full(irreps_in, irreps_sh, irreps_sh, joined=True)
         self.contraction = SymmetricContractionSpec(irreps_sum, irreps_out, degree)
         self.backend, self.residual = backend, residual
         self.linear_in = IrrepsLinear(irreps_in, irreps_in)
         self.weight_network = RadialMLP([*radial, self.spec.weight_numel])
-        self.linear_out = IrrepsLinear(self.spec.irreps_out, irreps_sum)
+        self.linear_out = IrrepsLinear(self.spec.irreps_stored, irreps_sum)
         self.connection = (
             IrrepsLinear(irreps_in, irreps_out, num_elements) if residual else IrrepsLinear(irreps_sum, irreps_sum, num_elements)
         )

@@ -32,7 +32,7 @@ SelfConnection = Literal["linear", "nequip", "elements", "none"]
 
 
 class Interaction(nn.Module):
-    """One layer: x ← gate( L₂( Σ_j w(r_ij) · (L₁ x_j ⊗ Y(r̂_ij)) / denominator ) + self-connection(x) ).
+    """One layer: x ← gate( L₂ Σ_j w(r_ij) · (L₁ x_j / denominator) ⊗ Y(r̂_ij) + self-connection(x) ).
 
     Args:
         irreps_in: features that come in.
@@ -65,12 +65,12 @@ class Interaction(nn.Module):
         super().__init__()
         self.gate = Gate(irreps_out)
         irreps_gate = str(self.gate.irreps_in)
-        self.spec = TensorProductSpec.full(irreps_in, irreps_sh, irreps_gate)
+        self.spec = TensorProductSpec.full(irreps_in, irreps_sh, irreps_gate, joined=True)
         self.backend = backend
         extra = f"+{modalities}x0e" if modalities else ""
         self.linear_in = IrrepsLinear(irreps_in + extra, irreps_in)
         self.weight_network = RadialMLP([*radial, self.spec.weight_numel], normalize=normalize_radial)
-        self.linear_out = IrrepsLinear(self.spec.irreps_out + extra, irreps_gate)
+        self.linear_out = IrrepsLinear(self.spec.irreps_stored + extra, irreps_gate)
         self.elementwise = self_connection in ("nequip", "elements")
         self.connection_scale = num_elements**-0.5 if self_connection == "elements" else 1.0
         self.self_connection = None
@@ -91,7 +91,7 @@ class Interaction(nn.Module):
         order: EdgeOrder | None = None,
     ) -> Float[Tensor, "atoms dim_out"]:
         """New features of each atom; `order` is that of the edges, where it is known. With a table, `radial` is the place in it."""
-        sent = self.linear_in(_append(x, modality))
+        sent = self.linear_in(_append(x, modality)) / self.denominator  # before the product: there are fewer numbers than after
         if self.table is None:
             weights = self.weight_network(radial)
             messages = tensor_product_gather_sum(self.spec, sent, harmonics, weights, source, target, self.backend, order)
@@ -99,7 +99,7 @@ class Interaction(nn.Module):
             messages = tensor_product_gather_sum_tabulated(
                 self.spec, sent, harmonics, radial.squeeze(1), self.table, source, target, self.backend, order
             )
-        out = self.linear_out(_append(messages / self.denominator, modality))
+        out = self.linear_out(_append(messages, modality))
         if self.self_connection is not None:
             connected = self.self_connection(x, element if self.elementwise else None)
             out = out + (connected if self.connection_scale == 1 else self.connection_scale * connected)

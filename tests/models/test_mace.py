@@ -100,9 +100,8 @@ def test_layer_is_what_the_paper_says(residual: bool) -> None:
     w0, w1 = layer.weight_network.weights
     weights = (SILU_FACTOR * torch.nn.functional.silu(radial @ w0 / 3**0.5)) @ w1 / 5**0.5
     messages = product(to_e3nn(linear(layer.linear_in.weights, x, irreps_in, irreps_in), irreps_in)[source], y, weights)
-    summed = from_e3nn(torch.zeros(atoms, messages.shape[1]).index_add(0, target, messages), spec.irreps_out)
-    merged = torch.cat([summed[:, s] for s in spec.blocks_out.slices()], dim=1)
-    a = layer.linear_out(merged) / 3.7
+    summed = from_e3nn(torch.zeros(atoms, messages.shape[1]).index_add(0, target, messages), spec.irreps_stored)
+    a = layer.linear_out(summed) / 3.7
     if not residual:
         a = by_element(a, irreps_sum, irreps_sum)
     components = torch.cat([z.unflatten(1, (-1, 4)) for z in a.split([block.dim for block in layer.contraction.blocks_in], dim=1)], dim=1)

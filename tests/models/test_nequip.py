@@ -94,7 +94,7 @@ def test_interaction_is_what_the_paper_says() -> None:
         weights = (SILU_FACTOR * torch.nn.functional.silu(radial @ w0 / 3**0.5)) @ w1 / 5**0.5
         messages = product(to_e3nn(layer.linear_in(x), irreps_in)[source], y, weights)
         summed = torch.zeros(atoms, messages.shape[1]).index_add(0, target, messages) / 3.7
-        gated = layer.linear_out(from_e3nn(summed, spec.irreps_out)) + layer.self_connection(x)
+        gated = layer.linear_out(from_e3nn(summed, spec.irreps_stored)) + layer.self_connection(x)
         assert torch.allclose(got, layer.gate(gated), atol=1e-12)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -148,3 +148,25 @@ def test_folded_linear_maps(irreps_in: str, irreps_out: str) -> None:
 @pytest.mark.parametrize("layer", [IrrepsLinear("2x0e+3x1o+2x2e", "4x0e+1x1o+2x2e"), IrrepsLinear("2x1o", "3x0e")])
 def test_linear_is_equivariant(layer: IrrepsLinear) -> None:
     assert_equivariant(layer.double(), [str(layer.irreps_in)], str(layer.irreps_out))
+
+
+@pytest.mark.parametrize(
+    ("irreps_in", "irreps_out"),
+    [("3x0e+2x0e+2x1o+1x1o", "2x1o+4x0e+1x2e+1x1o"), ("2x0e+1x1o+2x0e", "3x0e+2x0e+2x1o"), ("2x1o+1x0e", "3x0e"), ("2x1o", "3x0e")],
+)
+def test_linear_maps_without_copies(irreps_in: str, irreps_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = IrrepsLinear(irreps_in, irreps_out).double()
+    names = list(layer.weights)
+    x = torch.randn(3, layer.irreps_in.dim, dtype=torch.float64, requires_grad=True)
+
+    def function(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        state = {f"weights.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        return torch.func.functional_call(layer, state, (x,))
+
+    inputs = (x, *[layer.weights[name].detach().requires_grad_() for name in names])
+    found = function(*inputs)
+    check_op(function, inputs)
+    for some in (x[:0], x[:1], x.T.contiguous().T):  # none, one, and columns side by side
+        torch.testing.assert_close(function(some, *inputs[1:]), found[: len(some)], rtol=1e-13, atol=1e-13)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled models take
+    torch.testing.assert_close(function(*inputs), found, rtol=1e-13, atol=1e-13)

@@ -43,7 +43,7 @@ def e3nn(spec: TensorProductSpec, *, shared: bool = False) -> Callable[..., torc
     assert product.weight_numel == spec.weight_numel
 
     def run(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
-        return from_e3nn(product(to_e3nn(x, spec.irreps_in), to_e3nn(y, spec.irreps_sh), w), spec.irreps_out)
+        return from_e3nn(product(to_e3nn(x, spec.irreps_in), to_e3nn(y, spec.irreps_sh), w), spec.irreps_stored)
 
     return run
 
@@ -53,9 +53,9 @@ def equal(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @settings(deadline=None, max_examples=25)
-@given(irreps_in=IRREPS, lmax=st.integers(0, 3), seed=st.integers(0, 1000))
-def test_equals_e3nn(irreps_in: str, lmax: int, seed: int) -> None:
-    spec = TensorProductSpec.full(irreps_in, str(Irreps.spherical_harmonics(lmax)), "0e+0o+1e+1o+2e+2o+3e+3o")
+@given(irreps_in=IRREPS, lmax=st.integers(0, 3), joined=st.booleans(), seed=st.integers(0, 1000))
+def test_equals_e3nn(irreps_in: str, lmax: int, joined: bool, seed: int) -> None:
+    spec = TensorProductSpec.full(irreps_in, str(Irreps.spherical_harmonics(lmax)), "0e+0o+1e+1o+2e+2o+3e+3o", joined=joined)
     x, y, w = inputs(spec, 4, seed)
     assert equal(tensor_product(spec, x, y, w), e3nn(spec)(x, y, w))
 
@@ -66,7 +66,7 @@ def test_channel_by_channel_equals_e3nn(irreps: tuple[str, str], shared: bool, w
     spec = TensorProductSpec.full(*irreps, "0e+0o+1e+1o+2e", "uuu")
     if not spec.paths:
         return
-    spec = dataclasses.replace(spec, weighted=weighted)
+    spec = dataclasses.replace(spec, weighted=weighted, joined=shared)
     x, y, w = inputs(spec, 4, seed)
     weights = (w[0] if shared else w) if weighted else None
     assert equal(tensor_product(spec, x, y, weights), e3nn(spec, shared=shared or not weighted)(x, y, weights))
@@ -89,6 +89,7 @@ MODES = {
     "uuu": TensorProductSpec("2x0e+2x1o+3x1o", "2x0e+2x1o", "2x0e+2x1o+1x3o", ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), "uuu"),
     "uvw": TensorProductSpec("2x0e+1x1o+1x3o", "1x0e+2x1o", "2x0e+1x1e+1x4e", ((0, 0, 0), (1, 1, 0), (1, 1, 1)), "uvw"),
     "bare": TensorProductSpec("2x0e+2x1o", "0e+1o", "2x0e+2x1o", ((0, 0, 0), (0, 1, 1)), weighted=False),
+    "joined": TensorProductSpec.full("2x0e+1x1o", "0e+1o+2e", "0e+1o", joined=True),
 }
 
 
@@ -124,14 +125,15 @@ def test_gather_sum_is_per_edge_then_sum(spec: TensorProductSpec, shared: bool) 
     "spec",
     [
         TensorProductSpec.full("3x0e+2x1o+2x2e+1x1e", "0e+1o+2e", "0e+0o+1e+1o+2e+2o"),
+        TensorProductSpec.full("3x0e+2x1o", "0e+1o+2e", "0e+1e+1o", joined=True),
         TensorProductSpec.full("2x0e+2x1o+3x2e", "2x0o+3x1o+2x1e+2x2e", "0e+0o+1e+1o+2e+2o", "uuu"),
         TensorProductSpec.fully_connected("2x0e+1x1o+2x2e", "1x0e+2x1e+1x2o", "2x0o+3x1e+1x1o+2x2e"),
     ],
-    ids=["uvu", "uuu", "uvw"],
+    ids=["uvu", "joined", "uuu", "uvw"],
 )
 def test_equivariant(spec: TensorProductSpec) -> None:
     weights = inputs(spec, 5)[2]
-    assert_equivariant(lambda x, y: tensor_product(spec, x, y, weights), [spec.irreps_in, spec.irreps_sh], spec.irreps_out)
+    assert_equivariant(lambda x, y: tensor_product(spec, x, y, weights), [spec.irreps_in, spec.irreps_sh], spec.irreps_stored)
 
 
 @pytest.mark.parametrize("spec", MODES.values(), ids=MODES)
@@ -179,6 +181,8 @@ def test_specs_that_make_no_sense_are_refused() -> None:
         TensorProductSpec("2x0e", "0e", "2x0e", ((0, 0, 0),), "uvv")
     with pytest.raises(InputError, match="has weights"):
         TensorProductSpec("2x0e", "0e", "2x0e", ((0, 0, 0),), "uvw", weighted=False)
+    with pytest.raises(InputError, match="no blocks to join"):
+        TensorProductSpec("2x0e", "0e", "2x0e", ((0, 0, 0),), "uvw", joined=True)
 
 
 def test_columns_that_do_not_fit_are_named() -> None:

@@ -13,6 +13,8 @@ SPECS = {
     "shared": TensorProductSpec("4x0e+4x1o", "0e+1o", "4x0e", ((0, 0, 0), (1, 1, 0))),
     "holes": TensorProductSpec("4x0e+3x1o+2x2e", "0e+1o", "4x0e+7x0o+3x1o", ((0, 0, 0), (1, 0, 2))),
     "bare": TensorProductSpec("4x0e+3x1o", "0e+1o", "4x0e+3x0e+3x1o", ((0, 0, 0), (1, 1, 1), (1, 0, 2)), weighted=False),
+    "joined": TensorProductSpec.full("5x0e+3x1o+2x2e", "0e+1o+2e", "0e+1o+2e", joined=True),
+    "joined holes": TensorProductSpec("4x0e+3x1o", "0e+1o", "4x0e+7x0e+3x1o+4x1o", ((0, 0, 0), (1, 0, 2), (0, 1, 3)), joined=True),
     "channels": TensorProductSpec.full("3x0e+3x1o", "3x0e+3x1o", "0e+1o+2e", "uuu"),
     "nothing": TensorProductSpec("4x0e", "0e", "3x1o", ()),
 }

@@ -28,6 +28,8 @@ needs_nvrtc = pytest.mark.skipif(not compiler.is_available(), reason="NVRTC is n
 SPECS = {
     "wide": TensorProductSpec.full("128x0e+64x1e+32x2e+32x3e", "0e+1e+2e+3e", "0e+1e+2e+3e"),
     "ragged": TensorProductSpec.full("5x0e+40x1o+33x2e", "0e+1o+2e", "0e+1o+2e"),
+    "stored joined": TensorProductSpec.full("64x0e+64x1o+6x2e", "0e+1o+2e", "0e+1o+2e", joined=True),
+    "channels stored joined": TensorProductSpec.full("4x0e+4x1o", "4x0e+4x1o", "0e+1e+1o+2e", "uuu", joined=True),
     "shared": TensorProductSpec("4x0e+4x1o", "0e+1o", "4x0e", ((0, 0, 0), (1, 1, 0))),
     "holes": TensorProductSpec("4x0e+3x1o+2x2e", "0e+1o", "4x0e+7x0o+3x1o", ((0, 0, 0), (1, 0, 2))),
     "high": TensorProductSpec.full("3x4e+2x3o", "0e+1o+2e+3o+4e+5o+6e", "3o+4e+6e"),
@@ -268,11 +270,11 @@ def test_strides_and_offsets(name):
 
 
 @pytest.mark.gpu
-@given(irreps=IRREPS, lmax=st.integers(0, 3), seed=st.integers(0, 1000))
+@given(irreps=IRREPS, lmax=st.integers(0, 3), joined=st.booleans(), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=10)
-def test_float32_is_as_exact_as_e3nn(irreps, lmax, seed):
+def test_float32_is_as_exact_as_e3nn(irreps, lmax, joined, seed):
     irreps_sh = "+".join(f"{l}{'eo'[l % 2]}" for l in range(lmax + 1))
-    spec = TensorProductSpec.full(irreps, irreps_sh, "0e+0o+1o+1e+2e+3o")
+    spec = TensorProductSpec.full(irreps, irreps_sh, "0e+0o+1o+1e+2e+3o", joined=joined)
     exact, index = drawn(spec, 9, 60, seed=seed)
     single = [tensor.detach().float().requires_grad_() for tensor in exact]
     paths = [(i, j, k, "uvu", True) for i, j, k in spec.paths]
@@ -282,7 +284,7 @@ def test_float32_is_as_exact_as_e3nn(irreps, lmax, seed):
 
     def by_e3nn(spec, x, y, w, source, target):
         messages = product(to_e3nn(x, spec.irreps_in)[source], y, w)
-        return from_e3nn(messages.new_zeros(x.shape[0], messages.shape[1]).index_add(0, target, messages), spec.irreps_out)
+        return from_e3nn(messages.new_zeros(x.shape[0], messages.shape[1]).index_add(0, target, messages), spec.irreps_stored)
 
     results = (derivatives(function, spec, tensors, index) for function, tensors in (
         (reference.gather_sum, exact), (cuda.gather_sum, single), (by_e3nn, single)

@@ -27,11 +27,17 @@ EDGES = 512
 
 
 class _Path(NamedTuple):
-    """Columns of the weights and of the output, and rows of the maps."""
+    """Columns of the weights, rows of the maps, and where in the output the path leads: columns, channels there, and which of these."""
 
     weights: slice
-    out: slice
     rows: slice
+    out: slice
+    width: int
+    channels: slice
+
+    def of(self, output: Tensor) -> Tensor:
+        """Its part of outputs or of their cotangents, (rows, components, channels)."""
+        return output[:, self.out].unflatten(1, (-1, self.width))[:, :, self.channels]
 
 
 class _Block(NamedTuple):
@@ -50,7 +56,7 @@ class _Plan:
 
     def __init__(self, spec: TensorProductSpec) -> None:
         self.spec = spec
-        blocks_in, blocks_out = spec.blocks_in.slices(), spec.blocks_out.slices()
+        blocks_in = spec.blocks_in.slices()
         ends = [sum(spec.weight_sizes[: n + 1]) for n in range(len(spec.paths))]
         self.blocks: list[_Block] = []
         for block, (dim, channels) in enumerate(spec.shapes[0]):
@@ -58,7 +64,9 @@ class _Plan:
             for (i, _, k), size, end in zip(spec.paths, spec.weight_sizes, ends, strict=True):
                 if i == block:
                     height = spec.shapes[2][k][0]
-                    paths.append(_Path(slice(end - size, end), blocks_out[k], slice(rows, rows + height)))
+                    start, width, first = spec.places[k]
+                    out = slice(start, start + height * width), width, slice(first, first + channels)
+                    paths.append(_Path(slice(end - size, end), slice(rows, rows + height), *out))
                     rows += height
             if paths:
                 self.blocks.append(_Block(block, blocks_in[block], dim, channels, rows, tuple(paths)))
@@ -139,7 +147,7 @@ def _product(plan: _Plan, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> Tens
             features = xs[:, block.columns].unflatten(1, (block.dim, block.channels))
             for path in block.paths:
                 lined_up = _weighted(plan, features, ws, path).reshape(len(maps), -1, block.channels)
-                sums[:, path.out] += torch.bmm(maps[:, path.rows], lined_up).flatten(1)
+                path.of(sums).add_(torch.bmm(maps[:, path.rows], lined_up))
         if not isinstance(piece.atoms, slice):
             out.index_copy_(0, piece.atoms, sums)
     return out
@@ -178,7 +186,7 @@ def _of_piece(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, piece: _P
         of_features = dx[:, block.columns].unflatten(1, (block.dim, block.channels))
         of_maps = []
         for path in block.paths:
-            out = g[:, path.out].reshape(len(maps), -1, block.channels)
+            out = path.of(g)
             lined_up = _weighted(plan, features, w, path).reshape(len(maps), -1, block.channels)
             of_maps.append(torch.bmm(out, lined_up.transpose(1, 2)))
             along = torch.bmm(maps[:, path.rows].transpose(1, 2), out).view(features.shape)
@@ -226,14 +234,14 @@ def _second_of_piece(
         lined_up = maps.new_empty(atoms, 2, *shape[1:])
         of_maps = []
         for path in block.paths:
-            out = g[:, path.out].reshape(atoms, -1, block.channels)
+            out = path.of(g)
             weights, hweights = (t[:, path.weights].unflatten(0, shape[:2]).unsqueeze(2) if weighted else t for t in (w, hw))
             if weighted:
                 torch.mul(of_cotangents, weights, out=lined_up[:, 0]).addcmul_(features, hweights)
                 torch.mul(features, weights, out=lined_up[:, 1])
             else:
                 lined_up[:, 0], lined_up[:, 1] = of_cotangents, features
-            sums[:, path.out] += torch.bmm(maps[:, path.rows], lined_up.view(atoms, -1, block.channels)).flatten(1)
+            path.of(sums).add_(torch.bmm(maps[:, path.rows], lined_up.view(atoms, -1, block.channels)))
             of_maps.append(torch.bmm(out, lined_up[:, 0].flatten(1, 2).transpose(1, 2)))
             along, along_h = torch.bmm(maps[:, path.rows].transpose(1, 2), out).view(lined_up.shape).unbind(1)
             if weighted:

@@ -22,7 +22,7 @@ FUSED = 32
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """Block offsets in columns, and the couplings (a, b, c, value) of one path."""
+    """Block offsets in columns, and the couplings (a, b, c, value) of one path; `step` is between components of the output."""
 
     x: int
     dim_x: int
@@ -30,6 +30,7 @@ class Path:
     dim_y: int
     out: int
     dim_out: int
+    step: int
     mul: int
     weight: int
     weighted: bool
@@ -69,15 +70,16 @@ def paths_of(spec: TensorProductSpec) -> tuple[Path, ...]:
     """
     if spec.mode == "uvw":
         raise InputError("kernels are for the channelwise modes", remedy="call matfound.ops.tensor_product.tensor_product")
-    rows_in, rows_sh, rows_out = (blocks.slices() for blocks in (spec.blocks_in, spec.blocks_sh, spec.blocks_out))
+    rows_in, rows_sh = spec.blocks_in.slices(), spec.blocks_sh.slices()
     paths: list[Path] = []
     weight = 0
     for i, j, k in spec.paths:
         (mul, ir_in), (_, ir_sh), (_, ir_out) = spec.blocks_in[i], spec.blocks_sh[j], spec.blocks_out[k]
         tensor = wigner_3j(ir_in.l, ir_sh.l, ir_out.l, dtype=torch.float64) * spec.norm(k)
         found = [(a, b, c, float(tensor[a, b, c])) for a, b, c in tensor.nonzero().tolist() if abs(float(tensor[a, b, c])) > _ZERO]
-        starts = rows_in[i].start, rows_sh[j].start, rows_out[k].start
-        paths.append(Path(starts[0], ir_in.dim, starts[1], ir_sh.dim, starts[2], ir_out.dim, mul, weight, spec.weighted, tuple(found)))
+        start, step, first = spec.places[k]
+        ends = rows_in[i].start, ir_in.dim, rows_sh[j].start, ir_sh.dim, start + first, ir_out.dim, step
+        paths.append(Path(*ends, mul, weight, spec.weighted, tuple(found)))
         weight += mul
     return tuple(paths)
 
@@ -103,7 +105,7 @@ def groups(spec: TensorProductSpec, *, by_output: bool, each: int = 1) -> tuple[
     joined: list[list[Path]] = []
     for part in _gathered(paths, "out"):
         last = joined[-1] if joined else None
-        numbers = sum(outputs_of([*(last or []), *part]).values()) * _group(part, each).each
+        numbers = sum(map(len, outputs_of([*(last or []), *part]).values())) * _group(part, each).each
         if last and last[-1].x == part[0].x and numbers <= ACCUMULATORS:
             last += part
         else:
@@ -133,9 +135,9 @@ def others_of(paths: Sequence[Path]) -> dict[int, int]:
     return {path.y: path.dim_y for path in paths}
 
 
-def outputs_of(paths: Sequence[Path]) -> dict[int, int]:
-    """The same of their output blocks."""
-    return {path.out: path.dim_out for path in paths}
+def outputs_of(paths: Sequence[Path]) -> dict[int, range]:
+    """First column of their output blocks, and that of each component."""
+    return {path.out: range(path.out, path.out + path.dim_out * path.step, path.step) for path in paths}
 
 
 def harmonics_of(paths: Sequence[Path]) -> list[int]:
@@ -155,4 +157,4 @@ def is_fused(spec: TensorProductSpec) -> bool:
     """Whether one kernel makes all second derivatives: no two input blocks lead to one output, and registers suffice."""
     parts = groups(spec, by_output=False)
     outputs = [out for part in parts for out in outputs_of(part.paths)]
-    return len(set(outputs)) == len(outputs) and all(sum(outputs_of(part.paths).values()) <= FUSED for part in parts)
+    return len(set(outputs)) == len(outputs) and all(sum(map(len, outputs_of(part.paths).values())) <= FUSED for part in parts)

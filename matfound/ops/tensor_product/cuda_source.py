@@ -99,15 +99,15 @@ def forward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = No
     stages = [Stage(spec, part, [("", "xy" if table else "xyw"), ("h", second or "")], dtype, table) for part in parts]
     depth = depth_of(stages, dtype)
     for part, stage in zip(parts, stages, strict=True):
-        accumulators = [f"o{out}_{c}" for out, dim in outputs_of(part.paths).items() for c in range(dim)]
+        accumulators = [f"o{out}_{c}" for out, columns in outputs_of(part.paths).items() for c in range(len(columns))]
         body = [f"V {n} = 0;" for n in accumulators]
         inner: list[str] = []
         for path in part.paths:
             inner += ["{", *_forward_path(path, dtype, second), "}"]
         body += edge_loop(stage, depth, part.each, inner)
         width = spec.blocks_out.dim
-        for out, dim in outputs_of(part.paths).items():
-            body += [f"if (in) store(out + atom * {width}LL + {out + c * part.mul} + u, o{out}_{c});" for c in range(dim)]
+        for out, columns in outputs_of(part.paths).items():
+            body += [f"if (in) store(out + atom * {width}LL + {column} + u, o{out}_{c});" for c, column in enumerate(columns)]
         bodies.append(body)
     name, more = ("tp_forward", ", I table_rows" if table else "") if second is None else ("tp_second", f", {_COTANGENTS}")
     return header(dtype) + kernel_text(name, f"{_INPUTS}{more}, {_GRAPH}, T* __restrict__ out", parts, room_of(stages, depth), bodies)
@@ -153,11 +153,12 @@ def backward(spec: TensorProductSpec, dtype: torch.dtype, second: str | None = N
     depth = depth_of(stages, dtype)
     for number, (part, stage) in enumerate(zip(parts, stages, strict=True)):
         body = [
-            f"const V g{out}_{c} = in ? load<V>(g + atom * {width}LL + {out + c * part.mul} + u) : V(0);"
-            for out, dim in outputs_of(part.paths).items()
-            for c in range(dim)
+            f"const V g{out}_{c} = in ? load<V>(g + atom * {width}LL + {column} + u) : V(0);"
+            for out, columns in outputs_of(part.paths).items()
+            for c, column in enumerate(columns)
         ]
-        outputs = [(f"o{out}_{c}", out + c * part.mul) for out, dim in outputs_of(part.paths).items() for c in range(dim)] if fused else []
+        outputs = [(f"o{out}_{c}", column) for out, columns in outputs_of(part.paths).items() for c, column in enumerate(columns)]
+        outputs = outputs if fused else []
         body += [f"V {name} = 0;" for name, _ in outputs]
         inner = [f"V dx{x}_{a} = 0;" for x, dim in inputs_of(part.paths).items() for a in range(dim)]
         inner += [f"A dy{n} = 0;" for n in harmonics_of(part.paths)]

@@ -89,9 +89,14 @@ def _split(x: Tensor, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
 
 
 def _join(spec: TensorProductSpec, found: list[Tensor | None], x: Tensor) -> Tensor:
-    """Blocks side by side, for each row of x."""
-    widths = [components * channels for components, channels in spec.shapes[2]]
-    blocks = [x.new_zeros(x.shape[0], width) if y is None else y for width, y in zip(widths, found, strict=True)]
+    """Blocks side by side, or joined, for each row of x."""
+    shapes = spec.shapes[2]
+    blocks = [x.new_zeros(x.shape[0], dim * channels) if y is None else y for (dim, channels), y in zip(shapes, found, strict=True)]
+    if spec.joined:
+        groups: dict[int, list[Tensor]] = {}
+        for (start, _, _), shape, block in zip(spec.places, shapes, blocks, strict=True):
+            groups.setdefault(start, []).append(block.unflatten(1, shape))
+        blocks = [group[0].flatten(1) if len(group) == 1 else torch.cat(group, dim=2).flatten(1) for group in groups.values()]
     return torch.cat(blocks, dim=1) if blocks else x.new_empty(x.shape[0], 0)
 
 

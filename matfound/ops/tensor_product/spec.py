@@ -37,6 +37,8 @@ class TensorProductSpec:
         paths: (input block, block of the second operand, output block); weights are laid out in this order.
         mode: "uvu", "uuu" or "uvw", see above.
         weighted: "uvu" and "uuu" without weights if false: w = 1.
+        joined: neighbouring output blocks of one irrep are stored as one block, [component][channels of them all]: what a linear map takes
+            as it is (`irreps_stored`). Not for "uvw".
 
     Raises:
         InputError: a path that no coupling allows, or whose numbers of channels do not fit the mode.
@@ -48,12 +50,15 @@ class TensorProductSpec:
     paths: tuple[tuple[int, int, int], ...]
     mode: str = "uvu"
     weighted: bool = True
+    joined: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"there is no mode '{self.mode}' of tensor products", remedy=nearest(self.mode, MODES))
         if self.mode == "uvw" and not self.weighted:
             raise InputError("a fully connected product ('uvw') has weights", remedy="leave out weighted=False, or choose mode 'uuu'")
+        if self.mode == "uvw" and self.joined:
+            raise InputError("a fully connected product ('uvw') has no blocks to join", remedy="write them as one in irreps_out")
         for path in self.paths:
             (mul, ir), (mul_sh, ir_sh), (mul_out, ir_out) = self._ends(path)
             if ir_out not in ir * ir_sh:
@@ -64,7 +69,7 @@ class TensorProductSpec:
                     f"path {path}: mode '{self.mode}' expects multiplicities {expected}, received {(mul, mul_sh, mul_out)}",
                     remedy="mode 'uvw' joins any numbers of channels",
                 )
-        _ = self.text, self.dims, self.weight_sizes, self.constants  # compiled code reads what is known, and cannot make it
+        _ = self.text, self.dims, self.weight_sizes, self.constants, self.places  # compiled code reads what is known, and cannot make it
 
     def _ends(self, path: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         return self.blocks_in[path[0]], self.blocks_sh[path[1]], self.blocks_out[path[2]]
@@ -73,15 +78,15 @@ class TensorProductSpec:
     def text(self) -> str:
         """The spec in a line, as registered operations take it."""
         paths = ",".join(str(n) for path in self.paths for n in path)
-        return "|".join([self.irreps_in, self.irreps_sh, self.irreps_out, paths, self.mode, str(int(self.weighted))])
+        return "|".join([self.irreps_in, self.irreps_sh, self.irreps_out, paths, self.mode, str(int(self.weighted)), str(int(self.joined))])
 
     @classmethod
     def parse(cls, text: str) -> "TensorProductSpec":
         """The spec of a `text`."""
-        irreps_in, irreps_sh, irreps_out, paths, mode, weighted = text.split("|")
+        irreps_in, irreps_sh, irreps_out, paths, mode, weighted, joined = text.split("|")
         numbers = [int(n) for n in paths.split(",")] if paths else []
         triples = tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-        return cls(irreps_in, irreps_sh, irreps_out, triples, mode, weighted == "1")
+        return cls(irreps_in, irreps_sh, irreps_out, triples, mode, weighted == "1", joined == "1")
 
     @functools.cached_property
     def constants(self) -> dict[Any, Any]:
@@ -102,6 +107,27 @@ class TensorProductSpec:
     def blocks_out(self) -> Irreps:
         """`irreps_out`, parsed."""
         return Irreps(self.irreps_out)
+
+    @property
+    def irreps_stored(self) -> str:
+        """Blocks of the output as they lie in memory."""
+        return str(self.blocks_out.simplify()) if self.joined else self.irreps_out
+
+    @functools.cached_property
+    def places(self) -> tuple[tuple[int, int, int], ...]:
+        """Where output blocks lie: first column and channels of the stored block, and the block's first channel in that."""
+        groups: list[list[int]] = []
+        for k, (_, ir) in enumerate(self.blocks_out):
+            if self.joined and groups and self.blocks_out[groups[-1][0]].ir == ir:
+                groups[-1].append(k)
+            else:
+                groups.append([k])
+        found, start = [], 0
+        for group in groups:
+            sizes = [int(self.blocks_out[k].mul) for k in group]
+            found += [(start, sum(sizes), sum(sizes[:n])) for n in range(len(sizes))]
+            start += sum(sizes) * self.blocks_out[group[0]].ir.dim
+        return tuple(found)
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -147,7 +173,9 @@ class TensorProductSpec:
         return cls(str(blocks_in), str(blocks_sh), str(blocks_out), paths, "uvw")
 
     @classmethod
-    def full(cls, irreps_in: str, irreps_sh: str, irreps_allowed: str, mode: str = "uvu", *, weighted: bool = True) -> "TensorProductSpec":
+    def full(
+        cls, irreps_in: str, irreps_sh: str, irreps_allowed: str, mode: str = "uvu", *, weighted: bool = True, joined: bool = False
+    ) -> "TensorProductSpec":
         """Every path from `irreps_in` and `irreps_sh` to an irrep that occurs in `irreps_allowed`, one output block each.
 
         Paths go over input blocks, then harmonics, then outputs with rising degree; output blocks are sorted by irrep. In mode "uuu"
@@ -166,4 +194,4 @@ class TensorProductSpec:
         slot = {n: k for k, n in enumerate(order)}
         irreps_out = Irreps([(found[n][2], found[n][3]) for n in order])
         paths = tuple((i, j, slot[n]) for n, (i, j, _, _) in enumerate(found))
-        return cls(str(blocks_in), str(blocks_sh), str(irreps_out), paths, mode, weighted)
+        return cls(str(blocks_in), str(blocks_sh), str(irreps_out), paths, mode, weighted, joined)
