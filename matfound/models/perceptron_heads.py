@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matfound.models.base import Head, NodeFeatures, Statistics
+from matfound.nn.activations import SiLU
 from matfound.nn.gradients import sum_over
 from matfound.nn.heads import EnergyTable, atom_dataset, gradient_outputs
 from matfound.structures.atomic_data import AtomicData
@@ -16,11 +17,11 @@ from matfound.structures.atomic_data import AtomicData
 Activation = Literal["silu", "scaled_silu", "shifted_softplus", "softplus"]
 
 
-class ScaledSiLU(nn.Module):
+class ScaledSiLU(SiLU):
     """SiLU(x) / 0.6, whose second moment is about 1 for a normal variable (GemNet, arXiv:2106.08903)."""
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        return nn.functional.silu(x) / 0.6
+        return super().forward(x) / 0.6
 
 
 class ShiftedSoftplus(nn.Module):
@@ -31,7 +32,7 @@ class ShiftedSoftplus(nn.Module):
 
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "silu": nn.SiLU,
+    "silu": SiLU,
     "scaled_silu": ScaledSiLU,
     "shifted_softplus": ShiftedSoftplus,
     "softplus": nn.Softplus,

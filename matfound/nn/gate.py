@@ -5,15 +5,7 @@ from e3nn.o3 import Irreps
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from matfound.nn.radial import SILU_FACTOR, TANH_FACTOR
-
-
-def _silu(x: Tensor) -> Tensor:
-    return SILU_FACTOR * nn.functional.silu(x)
-
-
-def _tanh(x: Tensor) -> Tensor:
-    return TANH_FACTOR * torch.tanh(x)
+from matfound.nn.activations import SILU_FACTOR, TANH_FACTOR, SiLU
 
 
 class Gate(nn.Module):
@@ -27,6 +19,7 @@ class Gate(nn.Module):
 
     def __init__(self, irreps: str) -> None:
         super().__init__()
+        self.silu = SiLU()
         blocks = Irreps(irreps)
         scalars = Irreps([(mul, ir) for mul, ir in blocks if ir.l == 0])
         gated = Irreps([(mul, ir) for mul, ir in blocks if ir.l > 0])
@@ -42,9 +35,12 @@ class Gate(nn.Module):
         """Features in matfound's layout."""
         blocks = x.split(self._widths, dim=1)
         count = len(self._even)
-        parts = [_silu(block) if even else _tanh(block) for even, block in zip(self._even, blocks[:count], strict=True)]
+        parts = [
+            SILU_FACTOR * self.silu(block) if even else TANH_FACTOR * torch.tanh(block)
+            for even, block in zip(self._even, blocks[:count], strict=True)
+        ]
         if self._gated:
-            gates = _silu(blocks[count]).split([mul for mul, _ in self._gated], dim=1)
+            gates = (SILU_FACTOR * self.silu(blocks[count])).split([mul for mul, _ in self._gated], dim=1)
             for (mul, dim), gate, block in zip(self._gated, gates, blocks[count + 1 :], strict=True):
                 parts.append((block.unflatten(1, (dim, mul)) * gate.unsqueeze(1)).flatten(1))
         return torch.cat(parts, dim=1)

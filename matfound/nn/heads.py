@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from matfound import fields
 from matfound.errors import InputError
+from matfound.nn.activations import SILU_FACTOR, SiLU
 from matfound.nn.base import Head, NodeFeatures, Statistics
 from matfound.nn.gradients import forces_and_stress, sum_over
-from matfound.nn.radial import SILU_FACTOR
 from matfound.structures.atomic_data import AtomicData
 
 
@@ -90,7 +90,7 @@ class Readout(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [channels, *hidden]
-        self.activation = activation
+        self.activation, self.silu = activation, SiLU()
         self.hidden = nn.ParameterList([torch.randn(a, b) for a, b in pairwise(sizes)])
         self.last = nn.Parameter(torch.randn(datasets, sizes[-1], outputs))
 
@@ -103,7 +103,7 @@ class Readout(nn.Module):
         for weight in self.hidden:
             x = x @ (weight / weight.shape[0] ** 0.5)
             if self.activation == "silu":
-                x = SILU_FACTOR * nn.functional.silu(x)
+                x = SILU_FACTOR * self.silu(x)
         return x
 
     def project(self, x: Float[Tensor, "rows hidden"], dataset: Int[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:

@@ -8,11 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from matfound.nn.activations import SILU_FACTOR, SiLU
 from matfound.ops.tensor_product.table import interpolate
-
-#: Factors that give an activation of a normal variable a second moment of 1 (e3nn's `normalize2mom`).
-SILU_FACTOR = 1.6791767923989418
-TANH_FACTOR = 1.5937334472592695
 
 
 class BesselBasis(nn.Module):
@@ -71,14 +68,15 @@ class RadialMLP(nn.Module):
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([torch.randn(n_in, n_out) for n_in, n_out in pairs])
         self.factor = SILU_FACTOR if normalize else 1.0
+        self.activation = SiLU()
 
     def forward(self, a: Float[Tensor, "edges num"]) -> Float[Tensor, "edges out"]:
         """Weights of each edge."""
-        last = len(self.weights) - 1
+        scale = 1.0
         for n, weight in enumerate(self.weights):
-            a = a @ (weight / weight.shape[0] ** 0.5)
-            if n < last:
-                a = self.factor * nn.functional.silu(a)
+            # The factor of an activation goes into the matrix that comes after it: there are fewer numbers.
+            a = (a if n == 0 else self.activation(a)) @ (weight * (scale / weight.shape[0] ** 0.5))
+            scale = self.factor
         return a
 
 

@@ -13,8 +13,8 @@ from matfound.models import checkpoint
 from matfound.models.base import Potential, Statistics
 from matfound.models.extend import extend
 from matfound.models.mace import MACE, MACEEnergyHead, MACELayer
+from matfound.nn.activations import SILU_FACTOR
 from matfound.nn.heads import GraphHead
-from matfound.nn.radial import SILU_FACTOR
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.nn.so3.layout import from_e3nn, to_e3nn
 from matfound.ops import backends

@@ -9,7 +9,7 @@ from e3nn import o3
 from matfound.errors import InputError
 from matfound.models.base import Potential
 from matfound.models.nequip import Interaction, NequIP
-from matfound.nn.radial import SILU_FACTOR
+from matfound.nn.activations import SILU_FACTOR
 from matfound.nn.so3.harmonics import spherical_harmonics
 from matfound.structures.atomic_data import collate
 from matfound.testing import check_gradients, check_model, check_supercell, check_symmetry, prepare, random_crystal

@@ -7,10 +7,11 @@ import torch
 from e3nn import o3
 
 from matfound.nn import linear
+from matfound.nn.activations import SILU_FACTOR, SiLU
 from matfound.nn.cutoffs import PolynomialCutoff, XPLORCutoff
 from matfound.nn.gate import Gate
 from matfound.nn.linear import IrrepsLinear
-from matfound.nn.radial import SILU_FACTOR, BesselBasis, RadialMLP
+from matfound.nn.radial import BesselBasis, RadialMLP
 from matfound.nn.so3.layout import from_e3nn, to_e3nn
 from matfound.testing import assert_equivariant, check_op
 
@@ -170,3 +171,20 @@ def test_linear_maps_without_copies(irreps_in: str, irreps_out: str, monkeypatch
         torch.testing.assert_close(function(some, *inputs[1:]), found[: len(some)], rtol=1e-13, atol=1e-13)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled models take
     torch.testing.assert_close(function(*inputs), found, rtol=1e-13, atol=1e-13)
+
+
+def test_silu_in_training_is_silu() -> None:
+    x = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
+    layer = SiLU()
+    check_op(layer, (x,))
+
+    def derivatives(function: torch.nn.Module) -> list[torch.Tensor]:
+        found = [function(x)]
+        for _ in range(3):
+            found.append(torch.autograd.grad(found[-1].sum(), x, create_graph=True)[0])
+        return found
+
+    for ours, theirs in zip(derivatives(layer), derivatives(torch.nn.SiLU()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+    empty = torch.zeros(0, 3, requires_grad=True)
+    assert torch.autograd.grad(layer(empty).sum(), empty)[0].shape == (0, 3)
