@@ -331,19 +331,29 @@ def show(title: str, rows: list[dict[str, Any]], floors: dict[str, float]) -> No
             print(f"{task}: matfound is {min(theirs) / min(mine):.2f}x as fast as the fastest rival")
 
 
-def table(name: str, operation: str, nodes: int, edges: int, args: argparse.Namespace, speed: float) -> dict[str, Any]:
-    """Measure and show one table; what goes into the file."""
+def table(name: str, operation: str, size: tuple[int, int], args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Measure and show one table; its rows are in the file as soon as they are known."""
+    nodes, edges = size
     problem = Problem(name, operation, nodes, edges, torch.device(args.device))
-    rows = [measure(key, problem, args.seconds, args.limit) for key in args.only if operation in IMPLEMENTATIONS[key].operations]
-    reference = next((row["output"] for row in rows if "output" in row and row["implementation"] == "e3nn"), None)
-    for row in rows:
+    floors = {task: problem.bytes(task) / result["bandwidth"] * 1e3 for task in OPERATIONS[operation]}
+    rows: list[dict[str, Any]] = []
+    cell = {"spec": name, "operation": operation, "nodes": nodes, "edges": edges, "floors_ms": floors, "rows": rows}
+    result["cells"].append(cell)
+    reference = None
+    for key in sorted(args.only, key=lambda key: key != "e3nn"):  # what the others are compared with comes first
+        if operation not in IMPLEMENTATIONS[key].operations:
+            continue
+        row = measure(key, problem, args.seconds, args.limit)
         if (found := row.pop("output", None)) is not None:
             reference = found if reference is None else reference
             row["agreement"] = float((found - reference).abs().max() / reference.abs().max())
-    floors = {task: problem.bytes(task) / speed * 1e3 for task in OPERATIONS[operation]}
-    size = f"{len(problem.spec.paths)} paths, {nodes:,} nodes, {edges:,} edges"
-    show(f"({name}) {Irreps(SPECS[name][0])} x {SPECS[name][1]}, {operation}: {size}", rows, floors)
-    return {"spec": name, "operation": operation, "nodes": nodes, "edges": edges, "floors_ms": floors, "rows": rows}
+        rows.append(row)
+        if args.out:
+            Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        known = [row[task]["ms"] for task in floors if task in row]
+        print(f"({name}) {operation}, {edges:,} edges: {key}: {' / '.join(f'{ms:.3f}' for ms in known)} ms", flush=True)
+    counts = f"{len(problem.spec.paths)} paths, {nodes:,} nodes, {edges:,} edges"
+    show(f"({name}) {Irreps(SPECS[name][0])} x {SPECS[name][1]}, {operation}: {counts}", rows, floors)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -366,9 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         nodes, edges = map(int, size.split("x"))
         for name in args.specs:
             for operation in args.operations:
-                result["cells"].append(table(name, operation, nodes, edges, args, speed))
-                if args.out:
-                    Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                table(name, operation, (nodes, edges), args, result)
     rows = [row for cell in result["cells"] for row in cell["rows"] if row["implementation"].startswith("matfound")]
     return 1 if any(row.get("agreement", 0.0) > 1e-5 for row in rows) else 0
 
