@@ -175,7 +175,8 @@ def _mixing(blocks_in: Sequence[tuple[str, int, int]], blocks_out: Sequence[tupl
         for other, mul_in, _, start_in, row in _placed(blocks_in)
         if other == key
     ]
-    return _Mixing(*(sum(mul * dim for _, mul, dim in blocks) for blocks in (blocks_in, blocks_out)), pairs)
+    dim_in, dim_out = (sum(mul * dim for _, mul, dim in blocks) for blocks in (blocks_in, blocks_out))
+    return _Mixing(dim_in, dim_out, pairs)
 
 
 def _placed(blocks: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int, int, int]]:
@@ -201,52 +202,62 @@ def _block(x: Tensor, start: int, dim: int, mul: int) -> Tensor:
     return x.as_strided((dim, rows, mul), (mul, step, 1), x.storage_offset() + start)
 
 
-class _Mix(torch.autograd.Function):
+def _mixed(x: Tensor, mixing: _Mixing, weights: Sequence[Tensor]) -> Tensor:
     """The linear map. Products read blocks where they lie, and write them where they belong."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = (x.new_empty if mixing.fills else x.new_zeros)(x.shape[0], mixing.dim_out)
+    for pair in mixing.pairs:
+        source = _block(x, pair.start_in, pair.dim, pair.mul_in)
+        into = _block(out, pair.start_out, pair.dim, pair.mul_out)
+        matrix = mixing.matrix(weights, pair)
+        beta = 0 if pair.first else 1
+        if pair.dim == 1:
+            torch.addmm(into, source, matrix, beta=beta, alpha=pair.scale, out=into)
+        else:
+            torch.baddbmm(into, source, matrix.expand(pair.dim, -1, -1), beta=beta, alpha=pair.scale, out=into)
+    return out
 
+
+class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mixing: _Mixing, *weights: Tensor) -> Tensor:
-        x = x if x.stride(1) == 1 else x.contiguous()
         ctx.save_for_backward(x, *weights)
         ctx.mixing = mixing
-        out = (x.new_empty if mixing.fills else x.new_zeros)(x.shape[0], mixing.dim_out)
-        for pair in mixing.pairs:
-            source = _block(x, pair.start_in, pair.dim, pair.mul_in)
-            into = _block(out, pair.start_out, pair.dim, pair.mul_out)
-            matrix = mixing.matrix(weights, pair)
-            beta = 0 if pair.first else 1
-            if pair.dim == 1:
-                torch.addmm(into, source, matrix, beta=beta, alpha=pair.scale, out=into)
-            else:
-                torch.baddbmm(into, source, matrix.expand(pair.dim, -1, -1), beta=beta, alpha=pair.scale, out=into)
-        return out
+        return _mixed(x, mixing, weights)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
         mixing: _Mixing = ctx.mixing
         wanted = ctx.needs_input_grad
-        dx = _Mix.apply(g, mixing.transposed, *weights) if wanted[0] else None
-        dw = _Outer.apply(x, g, mixing, [weight.shape for weight in weights]) if any(wanted[2:]) else [None] * len(weights)
+        dw: Sequence[Tensor | None] = [None] * len(weights)
+        if not torch.is_grad_enabled():  # nobody will differentiate them
+            dx = _mixed(g, mixing.transposed, weights) if wanted[0] else None
+            dw = _summed(x, g, mixing, [weight.shape for weight in weights]) if any(wanted[2:]) else dw
+        else:
+            dx = _Mix.apply(g, mixing.transposed, *weights) if wanted[0] else None
+            dw = _Outer.apply(x, g, mixing, [weight.shape for weight in weights]) if any(wanted[2:]) else dw
         return dx, None, *dw
 
 
-class _Outer(torch.autograd.Function):
-    """The gradients of a linear map's matrices: sums over rows and components of x gᵀ."""
+def _summed(x: Tensor, g: Tensor, mixing: _Mixing, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """The gradients of a linear map's matrices: sums over rows and components of x gᵀ. Each entry belongs to one pair of blocks."""
+    x, g = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, g))
+    found = [x.new_empty(shape) for shape in shapes]
+    for pair in mixing.pairs:
+        left = _block(x, pair.start_in, pair.dim, pair.mul_in).reshape(-1, pair.mul_in)
+        right = _block(g, pair.start_out, pair.dim, pair.mul_out).reshape(-1, pair.mul_out)
+        into = mixing.matrix(found, pair)
+        torch.addmm(into, left.t(), right, beta=0, alpha=pair.scale, out=into)
+    return tuple(found)
 
+
+class _Outer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, mixing: _Mixing, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        x, g = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, g))
         ctx.save_for_backward(x, g)
         ctx.mixing = mixing
-        # Each entry belongs to one pair of blocks.
-        found = [x.new_empty(shape) for shape in shapes]
-        for pair in mixing.pairs:
-            left = _block(x, pair.start_in, pair.dim, pair.mul_in).reshape(-1, pair.mul_in)
-            right = _block(g, pair.start_out, pair.dim, pair.mul_out).reshape(-1, pair.mul_out)
-            into = mixing.matrix(found, pair)
-            torch.addmm(into, left.t(), right, beta=0, alpha=pair.scale, out=into)
-        return tuple(found)
+        return _summed(x, g, mixing, shapes)
 
     @staticmethod
     def backward(ctx: Any, *h: Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,33 @@ def _keep(file: Path, code: bytes) -> None:
         return
 
 
+class _Arguments(threading.local):
+    """Room for the arguments of a launch, which copies them: for each number of them, and in each thread."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[Any, Any]] = {}
+        self.devices: set[int] = set()
+
+    def of(self, count: int) -> tuple[Any, Any]:
+        """The values, and their addresses one by one."""
+        found = self.known.get(count)
+        if found is None:
+            values = (ctypes.c_uint64 * count)()
+            start = ctypes.addressof(values)
+            found = self.known[count] = values, (ctypes.c_uint64 * count)(*range(start, start + 8 * count, 8))
+        return found
+
+
+_arguments = _Arguments()
+
+
 class Kernel:
     """A function of a compiled source on one device. Arguments are tensors (or None) and whole numbers, all of 8 bytes."""
 
-    def __init__(self, function: Any, module: Any, context: Any) -> None:
+    def __init__(self, function: Any, module: Any, context: Any, device: int) -> None:
         from cuda.bindings import driver
 
-        self._function, self._module, self._context = function, module, context
+        self._function, self._module, self._context, self._device = function, module, context, device
         self._launch, self._enter = driver.cuLaunchKernel, driver.cuCtxSetCurrent
 
     def __call__(self, blocks: int, threads: int, *arguments: torch.Tensor | int | None) -> None:
@@ -125,12 +146,16 @@ class Kernel:
         """
         if not blocks:
             return
-        count = len(arguments)
-        values = (ctypes.c_void_p * count)(*[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
-        start = ctypes.addressof(values)
-        places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
-        self._enter(self._context)  # a thread of autograd may not have it
-        stream = torch.cuda.current_stream().cuda_stream
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self(blocks, threads, *arguments)
+            return
+        if self._device not in _arguments.devices:  # a thread of autograd may not have the context yet
+            self._enter(self._context)
+            _arguments.devices.add(self._device)
+        values, places = _arguments.of(len(arguments))
+        values[:] = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments]
+        stream = torch._C._cuda_getCurrentRawStream(self._device)  # what torch's own compiled code takes
         (code,) = self._launch(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(places), 0)
         if int(code) != 0:
             raise InputError(f"a kernel was not launched: {code.name}")
@@ -145,10 +170,11 @@ def architecture(device: int) -> str:
 
 @functools.cache
 def kernel(source: str, name: str, device: int) -> Kernel:
-    """A function of a source on a device, which must be the current one. Errors as for `compile_source`."""
+    """A function of a source on a device. Errors as for `compile_source`."""
     from cuda.bindings import driver
 
-    context = _checked(driver.cuDevicePrimaryCtxRetain(device), "the GPU's context")  # torch's
-    _checked(driver.cuCtxSetCurrent(context), "the GPU's context")
-    module = _checked(driver.cuModuleLoadData(compile_source(source, architecture(device))), "loading a kernel")
-    return Kernel(_checked(driver.cuModuleGetFunction(module, name.encode()), "finding a kernel"), module, context)
+    with torch.cuda.device(device):
+        context = _checked(driver.cuDevicePrimaryCtxRetain(device), "the GPU's context")  # torch's
+        _checked(driver.cuCtxSetCurrent(context), "the GPU's context")
+        module = _checked(driver.cuModuleLoadData(compile_source(source, architecture(device))), "loading a kernel")
+        return Kernel(_checked(driver.cuModuleGetFunction(module, name.encode()), "finding a kernel"), module, context, device)

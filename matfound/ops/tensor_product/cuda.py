@@ -5,7 +5,7 @@ Three operations, each the derivative of the one before: the product, its gradie
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ _THREADS = 256
 
 
 class _Launch(NamedTuple):
-    """A kernel and the warps that an atom takes in each of its parts."""
+    """A kernel, the warps that an atom takes in each of its parts, and the summands of an edge's gradient of y."""
 
     kernel: Kernel
     tiles: tuple[int, ...]
+    summands: int
 
     def __call__(self, atoms: int, *arguments: Tensor | int | None) -> None:
         blocks = 0
@@ -56,8 +57,9 @@ class _Plan:
         if found is None:
             by_output = what in ("tp_forward", "tp_second")
             source = (cuda_source.forward if by_output else cuda_source.backward)(self.spec, like.dtype, given, table=table)
-            parts = groups(self.spec, by_output=by_output, each=channels_in_a_lane(self.spec, like.dtype, given))
-            found = self._known[key] = _Launch(kernel(source, what, like.device.index), tuple(part.tiles for part in parts))
+            each = channels_in_a_lane(self.spec, like.dtype, given)
+            tiles = tuple(part.tiles for part in groups(self.spec, by_output=by_output, each=each))
+            found = self._known[key] = _Launch(kernel(source, what, like.device.index), tiles, slots(self.spec, each))
         return found
 
     def segment_sum(self, values: Tensor, order: Tensor | None, rows: Tensor) -> Tensor:
@@ -83,11 +85,6 @@ def _plan(spec: TensorProductSpec) -> _Plan:
 # ------------------------------------------------------------------------------------------------------------------ computing
 
 
-def _on(device: torch.device) -> Any:
-    """Make a device the current one."""
-    return torch.cuda.device(device)
-
-
 def _empty(like: Tensor, rows: int, width: int, *, full: bool) -> Tensor:
     """Uninitialised where kernels write every column."""
     return like.new_empty(rows, width) if full else like.new_zeros(rows, width)
@@ -105,8 +102,7 @@ def _product(plan: _Plan, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> Tens
     x, y, w = _readable(x), _readable(y), _readable(w)
     out = _empty(x, atoms, plan.dim_out, full=plan.fills_out)
     if plan.spec.paths:
-        with _on(x.device):
-            plan.launch("tp_forward", x)(atoms, x, y, w, source, by_target, rows_target, out)
+        plan.launch("tp_forward", x)(atoms, x, y, w, source, by_target, rows_target, out)
     return out
 
 
@@ -121,21 +117,21 @@ def _on_edges(
     launch = plan.launch(what, x, given)
     dx = _empty(x, edges, plan.dim_in, full=plan.fills_in)
     number = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    summands = slots(plan.spec, channels_in_a_lane(plan.spec, x.dtype, given))
     # A part of "uuu" writes the blocks that it has; parts of "uvu" write all columns.
-    dy = (torch.zeros if plan.spec.mode == "uuu" else torch.empty)(edges, summands, plan.dim_sh, dtype=number, device=x.device)
+    new = torch.zeros if plan.spec.mode == "uuu" else torch.empty
+    dy = new(edges, launch.summands, plan.dim_sh, dtype=number, device=x.device)
     dw = torch.empty_like(w)
     launch(rows_target.shape[0] - 1, *tensors, source, by_target, rows_target, dx, dy, dw, *([] if out is None else [out]))
     summed = plan.segment_sum(dx, by_source, rows_source)
-    return summed, dy.sum(1).to(y.dtype), dw
+    dy = dy.squeeze(1) if launch.summands == 1 else dy.sum(1)
+    return summed, dy if dy.dtype == y.dtype else dy.to(y.dtype), dw
 
 
 def _gradients(plan: _Plan, g: Tensor, x: Tensor, y: Tensor, w: Tensor, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
     if not plan.spec.paths:
         return torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(w)
     g, x, y, w = _readable(g), _readable(x), _readable(y), _readable(w)
-    with _on(x.device):
-        return _on_edges(plan, "tp_backward", None, (x, y, w, g), (x, y, w), graph, None)
+    return _on_edges(plan, "tp_backward", None, (x, y, w, g), (x, y, w), graph, None)
 
 
 def _second(
@@ -149,10 +145,9 @@ def _second(
     source, by_target, rows_target, _, _ = graph
     atoms = rows_target.shape[0] - 1
     dg = _empty(g, atoms, plan.dim_out, full=plan.fills_out)
-    with _on(x.device):
-        if not plan.fused:
-            plan.launch("tp_second", x, given)(atoms, x, y, w, *h, source, by_target, rows_target, dg)
-        found = _on_edges(plan, "tp_backward_second", given, (x, y, w, g, *h), (x, y, w), graph, dg if plan.fused else None)
+    if not plan.fused:
+        plan.launch("tp_second", x, given)(atoms, x, y, w, *h, source, by_target, rows_target, dg)
+    found = _on_edges(plan, "tp_backward_second", given, (x, y, w, g, *h), (x, y, w), graph, dg if plan.fused else None)
     return (dg, *found)
 
 
@@ -163,8 +158,7 @@ def tabulated_product(spec: TensorProductSpec, x: Tensor, y: Tensor, place: Tens
     atoms = rows_target.shape[0] - 1
     x, y = _readable(x), torch.cat([y, place.unsqueeze(1)], dim=1)
     out = _empty(x, atoms, plan.dim_out, full=plan.fills_out)
-    with _on(x.device):
-        plan.launch("tp_forward", x, table=True)(atoms, x, y, table, table.shape[0], source, by_target, rows_target, out)
+    plan.launch("tp_forward", x, table=True)(atoms, x, y, table, table.shape[0], source, by_target, rows_target, out)
     return out
 
 
@@ -176,11 +170,10 @@ def tabulated_gradients(
     source, by_target, rows_target, by_source, rows_source = graph
     g, x, y = _readable(g), _readable(x), torch.cat([y, place.unsqueeze(1)], dim=1)
     dx = _empty(x, y.shape[0], plan.dim_in, full=plan.fills_in)
-    dy = y.new_empty(y.shape[0], slots(spec, channels_in_a_lane(spec, x.dtype, None)), y.shape[1])
-    with _on(x.device):
-        launch = plan.launch("tp_backward", x, table=True)
-        launch(rows_target.shape[0] - 1, x, y, table, g, table.shape[0], source, by_target, rows_target, dx, dy)
-        summed = plan.segment_sum(dx, by_source, rows_source)
+    launch = plan.launch("tp_backward", x, table=True)
+    dy = y.new_empty(y.shape[0], launch.summands, y.shape[1])
+    launch(rows_target.shape[0] - 1, x, y, table, g, table.shape[0], source, by_target, rows_target, dx, dy)
+    summed = plan.segment_sum(dx, by_source, rows_source)
     dy = dy.sum(1)
     return summed, dy[:, :-1].contiguous(), dy[:, -1].contiguous()
 

@@ -55,7 +55,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return (*_Gradients.apply(g, *ctx.saved_tensors, *ctx.rest), None, None, None)
+        graph, by, plan = ctx.rest
+        if not torch.is_grad_enabled():  # nobody will differentiate them
+            return (*by.gradients(plan, g, *ctx.saved_tensors, graph), None, None, None)
+        return (*_Gradients.apply(g, *ctx.saved_tensors, graph, by, plan), None, None, None)
 
 
 class _Gradients(torch.autograd.Function):
