@@ -130,6 +130,7 @@ def measure(name: str, device: str, backend: str, atoms: int, steps: int, repeat
         row[f"gradient_difference_{key}"] = gradient_difference(eager, compiled, data[1])
         row["compile_s"] = time.perf_counter() - start
         row[f"gradient_difference_{key}"] = max(row[f"gradient_difference_{key}"], gradient_difference(eager, compiled, data[2]))
+        print(f"{name}, {key}: compiled in {row['compile_s']:.0f} s, gradients off by {row[f'gradient_difference_{key}']:.1e}", flush=True)
         if dtype == torch.float64:
             row["weight_difference_float64"] = weight_difference(eager, compiled, data, steps)
             row["forces_difference_float64"] = _inference_difference(eager, compiled, data[0])
