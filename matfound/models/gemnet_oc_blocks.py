@@ -1,146 +1,37 @@
-"""Layers of GemNet-OC; see `matfound.models.gemnet_oc`."""
+"""Messages of GemNet-OC; see `matfound.models.gemnet_oc`."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from matfound.graphs.triplets import Edges, Quadruplets, Symmetric, Triplets
+from matfound.graphs.triplets import Edges, Padded
+from matfound.models.gemnet_oc_indices import GraphIndices, Middles, Triplets
+from matfound.models.gemnet_oc_layers import SILU_GAIN, Bilinear, Dense, Residual, Scale, Up, network, scaled
+from matfound.nn.gather import Exchange, Gather, pad, unpad
 from matfound.nn.gradients import sum_over
-
-#: SiLU / 0.6 keeps the variance of a normal variable, about.
-SILU_GAIN = 1 / 0.6
-#: Numbers in the largest tensor of outer products that is made at once.
-CHUNK = 2**24
-
-
-def he_orthogonal_(weight: Tensor) -> Tensor:
-    """Orthogonal rows or columns, standardised over the inputs, variance 1 / inputs (He et al.'s with less correlation).
-
-    Args:
-        weight: (outputs, inputs), or (inputs, inputs, outputs).
-    """
-    nn.init.orthogonal_(weight)
-    axis, inputs = ((0, 1), weight.shape[0] * weight.shape[1]) if weight.dim() == 3 else ((1,), weight.shape[1])
-    with torch.no_grad():
-        if inputs > 1:
-            variance, mean = torch.var_mean(weight, dim=axis, keepdim=True)
-            weight.sub_(mean).div_((variance + 1e-6).sqrt())
-        return weight.mul_(inputs**-0.5)
-
-
-class Dense(nn.Linear):
-    """act(x W), without a bias."""
-
-    def __init__(self, inputs: int, outputs: int, *, activation: bool = False) -> None:
-        self.activation = activation
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        he_orthogonal_(self.weight)
-
-    def forward(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-        x = super().forward(x)
-        return nn.functional.silu(x) * SILU_GAIN if self.activation else x
-
-
-class Residual(nn.Module):
-    """(x + act(act(x W₁) W₂)) / √2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(Dense(channels, channels, activation=True) for _ in range(2)))
-
-    def forward(self, x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
-        return (x + self.layers(x)) * 0.5**0.5
-
-
-def network(inputs: int, channels: int, residuals: int) -> nn.Sequential:
-    """A dense layer, if the width changes, and residual layers."""
-    first = [Dense(inputs, channels, activation=True)] if inputs != channels else []
-    return nn.Sequential(*first, *(Residual(channels) for _ in range(residuals)))
-
-
-class Scale(nn.Module):
-    """x times a factor that keeps the variance of a reference; `matfound fit-scales` finds it. 0 is a factor that is not known: 1.
-
-    It is a parameter that is not trained.
-    """
-
-    #: While factors are fitted: what is told of inputs and references.
-    observer: Callable[["Scale", Tensor, Tensor], None] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "rows channels"], reference: Float[Tensor, "others width"]) -> Float[Tensor, "rows channels"]:
-        """x, scaled."""
-        if self.observer is not None:
-            self.observer(self, x, reference)
-        return x * torch.where(self.factor == 0, torch.ones_like(self.factor), self.factor)
-
-
-class BasisProjection(nn.Module):
-    """Σ_n W[n, s, i] e_n(d): what of the radial basis a function on the sphere is multiplied by, one for each s and channel i.
-
-    As published, the result is read with i as the slower index though it was made with s as the slower one: with random weights, any
-    order is as good as another.
-    """
-
-    def __init__(self, radial: int, spherical: int, channels: int) -> None:
-        super().__init__()
-        self.spherical = spherical
-        self.weight = nn.Parameter(he_orthogonal_(torch.empty(radial, spherical, channels)))
-
-    def forward(self, radial: Float[Tensor, "edges radial"]) -> Float[Tensor, "edges channels spherical"]:
-        """One matrix for each edge."""
-        return (radial @ self.weight.flatten(1)).unflatten(1, (-1, self.spherical))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bases:
-    """A radial basis of the edges that bring messages, and for each edge that takes them the matrix of `BasisProjection`, with the
-    functions on the sphere of every triplet or quadruplet.
+    """What all blocks share of one kind of triplets b → a ← c.
+
+    Args:
+        radial: basis of the edges that bring messages.
+        sphere: functions on the sphere of each pair of places of an atom, out of c and in of b, 0 where it is no triplet.
+        matrix: of `BasisProjection`, for each edge c → a.
     """
 
     radial: Float[Tensor, "edges radial"]
+    sphere: Float[Tensor, "atoms out_spherical in"]
     matrix: Float[Tensor, "edges_out channels spherical"]
-    sphere: Float[Tensor, "rows spherical"]
 
-
-def outer_sum(
-    a: Float[Tensor, "rows s"], b: Float[Tensor, "rows c"], index: Int[Tensor, " rows"], starts: Int[Tensor, " size_and_one"]
-) -> Float[Tensor, "size s c"]:
-    """Σ a ⊗ b over the rows of each index, which are sorted; a few columns of `a` at a time, so that memory stays bounded."""
-    size = len(starts) - 1
-    step = max(1, min(a.shape[1], CHUNK // max(1, b.numel())))
-    return torch.cat([sum_over(part.unsqueeze(2) * b.unsqueeze(1), index, size, starts) for part in a.split(step, dim=1)], dim=1)
-
-
-class Bilinear(nn.Module):
-    """W (B ⊗ m): a linear map of all products of basis and message."""
-
-    def __init__(self, basis: int, message: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(he_orthogonal_(torch.empty(outputs, basis * message)))
-
-    def forward(self, products: Float[Tensor, "rows basis message"]) -> Float[Tensor, "rows outputs"]:
-        return nn.functional.linear(products.flatten(1), self.weight)
-
-
-class Up(nn.Module):
-    """Up projection of what an edge has been told, half of it for the opposite edge: (act(x W₁) + act(x W₂)[opposite]) / √2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.same, self.opposite = (Dense(inputs, outputs, activation=True) for _ in range(2))
-
-    def forward(self, x: Float[Tensor, "edges inputs"], swap: Int[Tensor, " edges"]) -> Float[Tensor, "edges outputs"]:
-        return (self.same(x) + self.opposite(x)[swap]) * 0.5**0.5
+    def on_atoms(self, outgoing: Padded) -> Float[Tensor, "atoms channels in"]:
+        """Matrix times functions on the sphere, summed over the edges c → a of an atom."""
+        matrix = pad(self.matrix, outgoing).transpose(1, 2).flatten(2)
+        return torch.bmm(matrix, self.sphere)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +55,28 @@ class InteractionSizes:
     basis: int
 
 
-class TripletInteraction(nn.Module):
+class Messages(nn.Module):
+    """What edges bring: act((act(x W₁) · f(d)) W₂), x of edges or of their source atoms."""
+
+    def __init__(self, sizes: InteractionSizes) -> None:
+        super().__init__()
+        self.dense = Dense(sizes.source, sizes.source, activation=True)
+        self.radial = Dense(sizes.radial, sizes.source)
+        self.scale_radial = Scale()
+        self.down = Dense(sizes.source, sizes.inner, activation=True)
+
+    def messages(
+        self, x: Float[Tensor, "rows source"], radial: Float[Tensor, "edges radial"], source: Gather | None = None
+    ) -> Float[Tensor, "edges inner"]:
+        """One of each edge; `source` takes x of atoms to edges."""
+        x = nn.functional.silu(nn.functional.linear(x, self.dense.weight))
+        x = x if source is None else source(x)
+        scaled = x * nn.functional.linear(radial, self.radial.weight * (SILU_GAIN * self.scale_radial.value))
+        self.scale_radial.tell(lambda: scaled, lambda: SILU_GAIN * x)
+        return self.down(scaled)
+
+
+class TripletInteraction(Messages):
     """Messages by way of triplets b → a ← c: between edges, from atoms to edges, or from edges to atoms (GemNet-OC, eqs. 6, 8, 9).
 
     Args:
@@ -173,58 +85,69 @@ class TripletInteraction(nn.Module):
     """
 
     def __init__(self, sizes: InteractionSizes, *, to_atoms: bool = False) -> None:
-        super().__init__()
-        self.dense = Dense(sizes.source, sizes.source, activation=True)
-        self.radial = Dense(sizes.radial, sizes.source)
-        self.scale_radial = Scale()
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        super().__init__(sizes)
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
         self.scale_sum = Scale()
         self.up: Up | Dense
         self.up = Dense(sizes.outer, sizes.target, activation=True) if to_atoms else Up(sizes.outer, sizes.target)
-
-    def products(
-        self, message: Float[Tensor, "rows source"], source: Int[Tensor, " edges"] | None, bases: Bases, index: Triplets
-    ) -> tuple[Float[Tensor, "edges_out basis inner"], Float[Tensor, "triplets inner"]]:
-        """Sum over the triplets of each outgoing edge, and what was summed; `source` says whose message each edge brings."""
-        x = self.dense(message)
-        x = x if source is None else x[source]
-        x = self.down(self.scale_radial(x * self.radial(bases.radial), x))[index.incoming]
-        return bases.matrix @ outer_sum(bases.sphere, x, index.outgoing, index.starts), x
 
     def to_edges(
         self,
         message: Float[Tensor, "rows source"],
         bases: Bases,
         index: Triplets,
-        swap: Int[Tensor, " edges_out"],
-        source: Int[Tensor, " edges"] | None = None,
+        swap: Exchange,
+        source: Gather | None = None,
     ) -> Float[Tensor, "edges_out target"]:
-        """What each outgoing edge is told."""
+        """What each outgoing edge is told, but for the factor that `Up` leaves out; `source` takes atoms' messages to edges."""
         assert isinstance(self.up, Up)
-        products, x = self.products(message, source, bases, index)
-        return self.up(self.scale_sum(self.bilinear(products), x), swap)
+        x = pad(self.messages(message, bases.radial, source), index.incoming)
+        sums = unpad(torch.bmm(bases.sphere, x).unflatten(1, (index.mask.shape[1], bases.matrix.shape[2])), index.outgoing)
+        told = scaled(self.bilinear, self.scale_sum, torch.bmm(bases.matrix, sums))
+        self.scale_sum.tell(lambda: told, lambda: index.repeated(x))
+        return self.up(told, swap)
 
     def to_atoms(
-        self, message: Float[Tensor, "edges source"], bases: Bases, index: Triplets, edges: Edges
+        self,
+        message: Float[Tensor, "edges source"],
+        radial: Float[Tensor, "edges radial"],
+        basis: Float[Tensor, "atoms channels in"],
+        index: Triplets,
     ) -> Float[Tensor, "atoms target"]:
-        """What each atom is told; `edges` are the outgoing ones."""
+        """What each atom is told; the basis is `Bases.on_atoms`."""
         assert isinstance(self.up, Dense)
-        products, x = self.products(message, None, bases, index)
-        products = sum_over(products, edges.target, len(edges.starts) - 1, edges.starts)
-        found: Tensor = self.up(self.scale_sum(self.bilinear(products), x))
+        x = pad(self.messages(message, radial), index.incoming)
+        told = scaled(self.bilinear, self.scale_sum, torch.bmm(basis, x))
+        self.scale_sum.tell(lambda: told, lambda: index.repeated(x))
+        found: Tensor = self.up(told)
         return found
 
 
 @dataclasses.dataclass(frozen=True)
-class QuadrupletBases(Bases):
-    """Also the basis of distance and angle of the middle edge, for each pair (d → b, b → a)."""
+class QuadrupletBases:
+    """What all blocks share of quadruplets d → b → a ← c.
 
-    circular: Float[Tensor, "pairs circular"]
+    Args:
+        radial: basis of the main edges.
+        circular: basis of distance and angle of the middle edge, for each pair (d → b, b → a).
+        dihedral: functions of the dihedral angle of each pair of places of a middle edge, of c and of d; 0 where it is no quadruplet.
+        polar: functions of the angle between b → a and c → a that belong to some of those of the dihedral angle.
+        parts: how many of these each of `polar` belongs to.
+        matrix: of `BasisProjection`, for each edge c → a; its columns are polar and dihedral functions, in the order of `polar`.
+    """
+
+    radial: Float[Tensor, "edges radial"]
+    circular: Float[Tensor, "middles width circular"]
+    dihedral: Float[Tensor, "middles width_functions width"]
+    polar: Sequence[Float[Tensor, "edges _ places"]]
+    parts: Sequence[int]
+    matrix: Float[Tensor, "edges channels spherical"]
 
 
-class QuadrupletInteraction(nn.Module):
+class QuadrupletInteraction(Messages):
     """Messages d → b → a ← c between edges, by way of an edge between other atoms and a dihedral angle (GemNet-OC, eq. 5).
+
+    Functions on the sphere are products of one of the polar and one of the dihedral angle: the sum over d needs only the latter.
 
     Args:
         sizes: of its layers.
@@ -232,11 +155,7 @@ class QuadrupletInteraction(nn.Module):
     """
 
     def __init__(self, sizes: InteractionSizes, circular: int) -> None:
-        super().__init__()
-        self.dense = Dense(sizes.source, sizes.source, activation=True)
-        self.radial = Dense(sizes.radial, sizes.source)
-        self.scale_radial = Scale()
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        super().__init__(sizes)
         self.circular = Dense(circular, sizes.inner)
         self.scale_circular = Scale()
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
@@ -244,14 +163,22 @@ class QuadrupletInteraction(nn.Module):
         self.up = Up(sizes.outer, sizes.target)
 
     def forward(
-        self, message: Float[Tensor, "edges source"], bases: QuadrupletBases, index: Quadruplets, swap: Int[Tensor, " edges"]
+        self, message: Float[Tensor, "edges source"], bases: QuadrupletBases, places: Padded, index: Middles, swap: Exchange
     ) -> Float[Tensor, "edges target"]:
-        """What each edge is told."""
-        x = self.dense(message)
-        x = self.down(self.scale_radial(x * self.radial(bases.radial), x))[index.inner.incoming]
-        x = self.scale_circular(x * self.circular(bases.circular), x)[index.in_inner]
-        products = bases.matrix @ outer_sum(bases.sphere, x, index.outgoing, index.starts)
-        return self.up(self.scale_sum(self.bilinear(products), x), swap)
+        """What each edge is told, but for the factor that `Up` leaves out; the places are the main edges'."""
+        quads = index.quads
+        x = index.source(pad(self.messages(message, bases.radial), places))
+        y = x * nn.functional.linear(bases.circular, self.circular.weight * self.scale_circular.value)
+        self.scale_circular.tell(lambda: y[quads.inner], lambda: x[quads.inner])
+        # Sum over d; then over b, for each edge c → a.
+        functions, channels = sum(bases.parts), y.shape[2]
+        sums = index.outer(torch.bmm(bases.dihedral, y).view(-1, functions * channels)).view(*quads.rows.shape, functions * channels)
+        parts = zip(bases.polar, sums.split([part * channels for part in bases.parts], dim=2), strict=True)
+        found = [torch.bmm(polar, part).flatten(1) for polar, part in parts]
+        products = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).unflatten(1, (-1, channels))
+        told = scaled(self.bilinear, self.scale_sum, torch.bmm(bases.matrix, products))
+        self.scale_sum.tell(lambda: told, lambda: y.unsqueeze(1).expand(*quads.mask.shape, -1)[quads.mask])
+        return self.up(told, swap)
 
 
 class AtomInteraction(nn.Module):
@@ -268,21 +195,31 @@ class AtomInteraction(nn.Module):
         self.scale_sum = Scale()
         self.up = Dense(sizes.outer, sizes.target, activation=True)
 
-    def forward(self, h: Float[Tensor, "atoms source"], basis: Float[Tensor, "edges basis"], edges: Edges) -> Float[Tensor, "atoms target"]:
-        """What each atom is told."""
-        x = self.down(h)[edges.source]
-        return self.up(self.scale_sum(self.bilinear(outer_sum(basis, x, edges.target, edges.starts)), x))
+    def forward(
+        self, h: Float[Tensor, "atoms source"], basis: Float[Tensor, "atoms basis width"], places: Padded, pairs: Gather
+    ) -> Float[Tensor, "atoms target"]:
+        """What each atom is told; the basis is 0 where there is no edge, and `pairs` takes what atoms have to places."""
+        x = pairs(self.down(h)).unflatten(0, places.row.shape)
+        told = scaled(self.bilinear, self.scale_sum, torch.bmm(basis, x))
+        self.scale_sum.tell(lambda: told, lambda: x[places.valid])
+        found: Tensor = self.up(told)
+        return found
 
 
 class EdgeEmbedding(nn.Module):
-    """act((h_source, h_target, m) W)."""
+    """act((h_source, h_target, m) W), the parts of atoms before they are taken to edges."""
 
     def __init__(self, atom: int, edge: int, outputs: int) -> None:
         super().__init__()
         self.dense = Dense(2 * atom + edge, outputs, activation=True)
 
-    def forward(self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], edges: Edges) -> Float[Tensor, "edges outputs"]:
-        return self.dense(torch.cat([h[edges.source], h[edges.target], m], dim=1))
+    def forward(
+        self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], index: GraphIndices
+    ) -> Float[Tensor, "edges outputs"]:
+        linear, atom = nn.functional.linear, h.shape[1]
+        source, target, edge = self.dense.weight.split([atom, atom, m.shape[1]], dim=1)
+        atoms = index.source(linear(h, source)) + index.target(linear(h, target))
+        return nn.functional.silu(torch.addmm(atoms, m, edge.T)) * SILU_GAIN
 
 
 class AtomUpdate(nn.Module):
@@ -295,8 +232,10 @@ class AtomUpdate(nn.Module):
         self.layers = network(edge, atom, residuals)
 
     def forward(self, m: Float[Tensor, "edges edge"], radial: Float[Tensor, "edges radial"], edges: Edges) -> Float[Tensor, "atoms atom"]:
-        total = sum_over(m * self.radial(radial), edges.target, len(edges.starts) - 1, edges.starts)
-        return self.layers(self.scale_sum(total, m))
+        weight = self.radial.weight * self.scale_sum.value
+        total = sum_over(m * nn.functional.linear(radial, weight), edges.target, len(edges.starts) - 1, edges.starts)
+        self.scale_sum.tell(lambda: total, lambda: m)
+        return self.layers(total)
 
 
 class OutputBlock(nn.Module):
@@ -331,39 +270,9 @@ class OutputBlock(nn.Module):
         if not self.direct_forces:
             return atoms, None
         found = self.edge_layers(m)
-        return atoms, self.scale_edge(found * self.edge_radial(radial), found)
-
-
-def embedding(num_elements: int, channels: int) -> nn.Parameter:
-    """Uniform, of variance 1."""
-    return nn.Parameter(torch.empty(num_elements, channels).uniform_(-math.sqrt(3), math.sqrt(3)))
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphIndices:
-    """Edges, and the triplets and quadruplets that they form; None for the interactions that a model does not have.
-
-    Args:
-        main: the symmetrised main graph.
-        edge_to_edge: triplets of main edges.
-        atoms: edges between atoms.
-        atom_edges: edges between the atoms of atom-edge and edge-atom messages.
-        atom_to_edge: triplets of an `atom_edges` edge and a main one.
-        edge_to_atom: triplets of a main edge and an `atom_edges` one.
-        middles: edges in the middle of quadruplets.
-        middle_rows: which edges of their graph they are.
-        quads: quadruplets.
-    """
-
-    main: Symmetric
-    edge_to_edge: Triplets
-    atoms: Edges | None = None
-    atom_edges: Edges | None = None
-    atom_to_edge: Triplets | None = None
-    edge_to_atom: Triplets | None = None
-    middles: Edges | None = None
-    middle_rows: Tensor | None = None
-    quads: Quadruplets | None = None
+        scaled = found * nn.functional.linear(radial, self.edge_radial.weight * self.scale_edge.value)
+        self.scale_edge.tell(lambda: scaled, lambda: found)
+        return atoms, scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +284,7 @@ class AllBases:
     output: Tensor
     quads: QuadrupletBases | None = None
     atom_to_edge: Bases | None = None
-    edge_to_atom: Bases | None = None
+    edge_to_atom: tuple[Tensor, Tensor] | None = None
     atoms: Tensor | None = None
 
 
@@ -434,37 +343,44 @@ class InteractionBlock(nn.Module):
         self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], bases: AllBases, index: GraphIndices
     ) -> tuple[Float[Tensor, "atoms atom"], Float[Tensor, "edges edge"]]:
         """New features of atoms and edges."""
-        edges, swap = index.main.edges, index.main.swap
-        told = [self.skip(m), self.triplet.to_edges(m, bases.edge_to_edge, index.edge_to_edge, swap)]
+        skipped = nn.functional.silu(nn.functional.linear(m, self.skip.weight))
+        told, terms = self._told(h, m, bases, index)
+        # Of independent parts, the sum over √n keeps the variance.
+        x = torch.add(skipped, told, alpha=0.5**0.5) * (SILU_GAIN * terms**-0.5)
+        heard = [h]
+        if self.edge_atom is not None:
+            assert bases.edge_to_atom is not None
+            assert index.edge_to_atom is not None
+            heard.append(self.edge_atom.to_atoms(m, *bases.edge_to_atom, index.edge_to_atom))
+        if self.atom_atom is not None:
+            assert bases.atoms is not None
+            assert index.atoms is not None
+            assert index.pairs is not None
+            heard.append(self.atom_atom(h, bases.atoms, index.atoms.places, index.pairs))
+        h = self.atom_layers(_total(heard) * len(heard) ** -0.5)
+        m = self.after_skip((m + self.before_skip(x)) * 0.5**0.5)
+        h = (h + self.update(m, bases.update, index.main.edges)) * 0.5**0.5
+        return h, (m + self.concat_layers(self.concat(h, m, index))) * 0.5**0.5
+
+    def _told(
+        self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], bases: AllBases, index: GraphIndices
+    ) -> tuple[Float[Tensor, "edges edge"], int]:
+        """The sum of what edges are told, but for the factor that `Up` leaves out, and how many parts it has with the skip connection."""
+        told = [self.triplet.to_edges(m, bases.edge_to_edge, index.edge_to_edge, index.swap)]
         if self.quadruplet is not None:
             assert bases.quads is not None
-            assert index.quads is not None
-            told.append(self.quadruplet(m, bases.quads, index.quads, swap))
+            assert index.middles is not None
+            told.append(self.quadruplet(m, bases.quads, index.places, index.middles, index.swap))
         if self.atom_edge is not None:
             assert bases.atom_to_edge is not None
             assert index.atom_to_edge is not None
             assert index.atom_edges is not None
-            told.append(self.atom_edge.to_edges(h, bases.atom_to_edge, index.atom_to_edge, swap, index.atom_edges.source))
-        atoms = [h]
-        if self.edge_atom is not None:
-            assert bases.edge_to_atom is not None
-            assert index.edge_to_atom is not None
-            assert index.atom_edges is not None
-            atoms.append(self.edge_atom.to_atoms(m, bases.edge_to_atom, index.edge_to_atom, index.atom_edges))
-        if self.atom_atom is not None:
-            assert bases.atoms is not None
-            assert index.atoms is not None
-            atoms.append(self.atom_atom(h, bases.atoms, index.atoms))
-        x = _mean(told)
-        h = self.atom_layers(_mean(atoms))
-        m = self.after_skip((m + self.before_skip(x)) * 0.5**0.5)
-        h = (h + self.update(m, bases.update, edges)) * 0.5**0.5
-        return h, (m + self.concat_layers(self.concat(h, m, edges))) * 0.5**0.5
+            told.append(self.atom_edge.to_edges(h, bases.atom_to_edge, index.atom_to_edge, index.swap, index.atom_edges.source))
+        return _total(told), len(told) + 1
 
 
-def _mean(parts: list[Tensor]) -> Tensor:
-    """The sum over √n, which keeps the variance of independent parts."""
+def _total(parts: list[Tensor]) -> Tensor:
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return total * len(parts) ** -0.5
+    return total
