@@ -105,7 +105,8 @@ class Count(TorchDispatchMode):
             masks = (
                 [index for index in args[1] if index is not None and index.dtype == torch.bool] if name.startswith("index.Tensor") else []
             )
-            self.waits += bool(masks) or (name.startswith(WAITS) and not sized)
+            home = name.startswith("_to_copy") and (kwargs or {}).get("device") == torch.device("cpu") and args[0].is_cuda
+            self.waits += bool(masks) or home or (name.startswith(WAITS) and not sized)
         return func(*args, **(kwargs or {}))
 
 

@@ -8,7 +8,7 @@ Simulation Datasets", TMLR 2022, arXiv:2204.02782; it builds on GemNet, arXiv:21
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from matfound.graphs.triplets import Edges
 from matfound.models.base import Backbone, NodeFeatures
 from matfound.models.gemnet_oc_blocks import AllBases, Bases, EdgeEmbedding, InteractionBlock, OutputBlock, QuadrupletBases, Sizes
 from matfound.models.gemnet_oc_indices import ATOM_EDGES, ATOMS, MIDDLES, GraphIndices, Middles, Triplets, graph_indices
-from matfound.models.gemnet_oc_layers import BasisProjection, Dense, Scale, embedding, shared_factors
+from matfound.models.gemnet_oc_layers import SILU_GAIN, BasisProjection, Dense, Scale, embedding, shared_factors
 from matfound.nn.angular import angle, cosine, cosine_of_angle, fourier, harmonics_order, legendre_functions, zonal_harmonics
 from matfound.nn.cutoffs import PolynomialCutoff
 from matfound.nn.gather import Exchange, pad
@@ -45,8 +45,7 @@ class RadialBasis(nn.Module):
         return self.envelope(r).unsqueeze(1) * self.gaussians(r)
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Distances in Å and unit vectors from target to source."""
 
     distance: Float[Tensor, " edges"]
@@ -215,6 +214,11 @@ class GemNetOC(Backbone):
         """Radial bases of the graphs and the projections that all blocks share."""
         sizes, degrees = self.sizes, self.num_spherical
         self.radial = nn.ModuleDict({graph: RadialBasis(num_radial, cutoffs[graph], exponent) for graph in self.graphs})
+        #: Graphs that share a radial basis.
+        self.same_cutoff = [
+            [graph for graph in self.graphs if cutoffs[graph] == cutoff]
+            for cutoff in dict.fromkeys(cutoffs[graph] for graph in self.graphs)
+        ]
         self.down_edge = Dense(num_radial, sizes.radial)
         self.down_triplet = BasisProjection(num_radial, degrees, sizes.circular)
         self.down_update = Dense(num_radial, sizes.radial)
@@ -241,7 +245,7 @@ class GemNetOC(Backbone):
         bases, on_main, units = self._geometry(vectors, index)
         with shared_factors(self.scales):
             h = self.embedding[batch.numbers - 1]
-            m = self.edge_embedding(h, on_main, index)
+            m = SILU_GAIN * self.edge_embedding(h, on_main, index)
             found = [self.outputs[0](h, m, bases.output, index.main.edges)]
             for block, output in zip(self.blocks, self.outputs[1:], strict=True):
                 h, m = block(h, m, bases, index)
@@ -270,11 +274,18 @@ class GemNetOC(Backbone):
     ) -> tuple[AllBases, Float[Tensor, "main_edges radial"], Float[Tensor, "main_edges 3"]]:
         """All bases; the radial one and the unit vectors of the main graph."""
         main, dtype = index.main, self.embedding.dtype
-        geometry = {graph: Geometry.of(found, dtype) for graph, found in vectors.items() if graph not in (MAIN_GRAPH, MIDDLES)}
-        geometry[MAIN_GRAPH] = Geometry.of(vectors[MAIN_GRAPH][main.origin] * main.sign.double().unsqueeze(1), dtype)
+        vectors = dict(vectors)
+        vectors[MAIN_GRAPH] = vectors[MAIN_GRAPH].index_select(0, main.origin) * main.sign.double().unsqueeze(1)
         if index.middles is not None:
-            geometry[MIDDLES] = Geometry.of(vectors[MIDDLES][index.middles.rows], dtype)
-        radial = {graph: self.radial[graph](found.distance) for graph, found in geometry.items()}
+            vectors[MIDDLES] = vectors[MIDDLES].index_select(0, index.middles.rows)
+        sizes = [len(found) for found in vectors.values()]
+        parts = (part.split(sizes) for part in Geometry.of(torch.cat(list(vectors.values())), dtype))
+        geometry = {name: Geometry(*both) for name, both in zip(vectors, zip(*parts, strict=True), strict=True)}
+        radial: dict[str, Tensor] = {}
+        for names in self.same_cutoff:
+            distances = [geometry[name].distance for name in names]
+            found = self.radial[names[0]](torch.cat(distances))
+            radial |= zip(names, found.split([len(part) for part in distances]), strict=True)
         return self.bases(geometry, radial, index), radial[MAIN_GRAPH], geometry[MAIN_GRAPH].unit
 
     def bases(self, geometry: dict[str, Geometry], radial: dict[str, Tensor], index: GraphIndices) -> AllBases:

@@ -1,14 +1,17 @@
-"""Layers and scale factors of GemNet-OC; see `matfound.models.gemnet_oc`."""
+"""Layers and scale factors of GemNet-OC; see `matfound.models.gemnet_oc`.
+
+Constants (the gain of activations, 1/√2 of sums) are not multiplied with rows of features, of which there are many, but left to whatever
+comes next, and in the end to weights.
+"""
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from matfound.nn.gather import Exchange
 
 #: SiLU / 0.6 keeps the variance of a normal variable, about.
 SILU_GAIN = 1 / 0.6
@@ -44,48 +47,92 @@ class Dense(nn.Linear):
         return nn.functional.silu(x) * SILU_GAIN if self.activation else x
 
 
+class Scaled(NamedTuple):
+    """Features that are still to be multiplied by a number."""
+
+    values: Float[Tensor, "rows channels"]
+    factor: float
+
+    @property
+    def full(self) -> Float[Tensor, "rows channels"]:
+        """The product."""
+        return self.values if self.factor == 1 else self.factor * self.values
+
+
 class Residual(nn.Module):
-    """(x + act(act(x W₁) W₂)) / √2."""
+    """The layers of (x + act(act(x W₁) W₂)) / √2, which `Network` computes."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(*(Dense(channels, channels, activation=True) for _ in range(2)))
 
-    def forward(self, x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
-        first, second = (layer.weight for layer in self.layers if isinstance(layer, Dense))
-        # Constants go to the weights, of which there are fewer than numbers in rows.
-        y = nn.functional.silu(nn.functional.linear(nn.functional.silu(nn.functional.linear(x, first)), SILU_GAIN * second))
-        return torch.add(0.5**0.5 * x, y, alpha=SILU_GAIN * 0.5**0.5)
+    @property
+    def weights(self) -> list[Tensor]:
+        """W₁ and W₂."""
+        return [layer.weight for layer in self.layers if isinstance(layer, Dense)]
 
 
-def network(inputs: int, channels: int, residuals: int) -> nn.Sequential:
+class Network(nn.Sequential):
     """A dense layer, if the width changes, and residual layers."""
-    first = [Dense(inputs, channels, activation=True)] if inputs != channels else []
-    return nn.Sequential(*first, *(Residual(channels) for _ in range(residuals)))
+
+    def __init__(self, inputs: int, channels: int, residuals: int) -> None:
+        first = [Dense(inputs, channels, activation=True)] if inputs != channels else []
+        super().__init__(*first, *(Residual(channels) for _ in range(residuals)))
+
+    @property
+    def factor(self) -> float:
+        """That of the result of features whose factor is 1."""
+        gains = [SILU_GAIN if isinstance(layer, Dense) else 0.5**0.5 for layer in self]
+        return math.prod(gains)
+
+    def scaled(self, x: Float[Tensor, "rows inputs"], factor: float = 1.0) -> Scaled:
+        """The network of factor · x."""
+        silu, linear = nn.functional.silu, nn.functional.linear
+        layers = [layer for layer in self if isinstance(layer, Residual)]
+        for first in self:
+            if isinstance(first, Dense):
+                x, factor = silu(linear(x, first.weight if factor == 1 else factor * first.weight)), SILU_GAIN
+            break
+        if not layers:
+            return Scaled(x, factor)
+        # With x = f u, (x + g y) / √2 is f/√2 (u + g/f y): all weights are multiplied at once.
+        factors = [factor * 0.5 ** (n / 2) for n in range(len(layers) + 1)]
+        gains = [gain for before in factors[:-1] for gain in (before, SILU_GAIN)]
+        weights = torch._foreach_mul([weight for layer in layers for weight in layer.weights], gains)
+        for inner, outer, before in zip(weights[::2], weights[1::2], factors[:-1], strict=True):
+            x = torch.add(x, silu(linear(silu(linear(x, inner)), outer)), alpha=SILU_GAIN / before)
+        return Scaled(x, factors[-1])
+
+    def forward(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows channels"]:
+        return self.scaled(x).full
 
 
 class Scale(nn.Module):
     """A factor that keeps the variance of a reference; `matfound fit-scales` finds it. 0 is a factor that is not known: 1.
 
     It is a parameter that is not trained.
+
+    Args:
+        gain: what is multiplied lacks this constant, which the value has.
     """
 
     #: While factors are fitted: what is told of what was scaled and of its reference.
     observer: Callable[["Scale", Tensor, Tensor], None] | None = None
-    #: The factor or 1, while `shared_factors` lasts.
+    #: The value, while `shared_factors` lasts.
     shared: Tensor | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
+        self.gain = gain
         self.factor = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     @property
     def value(self) -> Float[Tensor, ""]:
-        """The factor, or 1."""
-        return known(self.factor) if self.shared is None else self.shared
+        """The factor, or 1, times the gain."""
+        return known(self.factor) * self.gain if self.shared is None else self.shared
 
     def tell(self, x: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
-        """What was multiplied, and its reference: rows that count, and channels."""
+        """What was multiplied, and its reference: rows that count, and channels; both with the constants that they lack."""
         if self.observer is not None:
             self.observer(self, x(), reference())
 
@@ -98,7 +145,8 @@ def known(factors: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 @contextlib.contextmanager
 def shared_factors(scales: Sequence[Scale]) -> Iterator[None]:
     """Find the values of all factors at once: one by one, each is a few kernels."""
-    values = known(torch.stack([scale.factor for scale in scales])).unbind() if scales else ()
+    factors = known(torch.stack([scale.factor for scale in scales])).unbind()
+    values = torch._foreach_mul(factors, [scale.gain for scale in scales])
     try:
         for scale, value in zip(scales, values, strict=True):
             vars(scale)["shared"] = value
@@ -143,10 +191,10 @@ class Up(nn.Module):
         super().__init__()
         self.same, self.opposite = (Dense(inputs, outputs, activation=True) for _ in range(2))
 
-    def forward(self, x: Float[Tensor, "edges inputs"], swap: Exchange) -> Float[Tensor, "edges outputs"]:
-        """The sum without the factor of the activation over √2, which the block multiplies by."""
+    def forward(self, x: Float[Tensor, "edges inputs"]) -> tuple[Float[Tensor, "edges outputs"], Float[Tensor, "edges outputs"]]:
+        """What the edge and what its opposite is to be told, without gain and 1/√2."""
         silu, linear = nn.functional.silu, nn.functional.linear
-        return silu(linear(x, self.same.weight)) + swap(silu(linear(x, self.opposite.weight)))
+        return silu(linear(x, self.same.weight)), silu(linear(x, self.opposite.weight))
 
 
 def scaled(bilinear: Bilinear, scale: Scale, products: Float[Tensor, "rows basis message"]) -> Float[Tensor, "rows outputs"]:
