@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 #: SiLU / 0.6 keeps the variance of a normal variable, about.
 SILU_GAIN = 1 / 0.6
+#: Rows for each channel from which on weights are small beside features.
+MANY = 8
 
 
 def he_orthogonal_(weight: Tensor) -> Tensor:
@@ -95,12 +97,17 @@ class Network(nn.Sequential):
             break
         if not layers:
             return Scaled(x, factor)
-        # With x = f u, (x + g y) / √2 is f/√2 (u + g/f y): all weights are multiplied at once.
+        # With x = f u, (x + g y) / √2 is f/√2 (u + g/f y).
         factors = [factor * 0.5 ** (n / 2) for n in range(len(layers) + 1)]
         gains = [gain for before in factors[:-1] for gain in (before, SILU_GAIN)]
-        weights = torch._foreach_mul([weight for layer in layers for weight in layer.weights], gains)
+        weights: Sequence[Tensor] = [weight for layer in layers for weight in layer.weights]
+        # All weights are multiplied at once, unless rows are few and the products were kept for a backward pass.
+        if at_once := not torch.is_grad_enabled() or len(x) >= MANY * x.shape[1]:
+            weights = torch._foreach_mul(weights, gains)
         for inner, outer, before in zip(weights[::2], weights[1::2], factors[:-1], strict=True):
-            x = torch.add(x, silu(linear(silu(linear(x, inner)), outer)), alpha=SILU_GAIN / before)
+            y = linear(x, inner)
+            y = linear(silu(y if at_once or before == 1 else y.mul_(before)), outer)
+            x = torch.add(x, silu(y if at_once else y.mul_(SILU_GAIN)), alpha=SILU_GAIN / before)
         return Scaled(x, factors[-1])
 
     def forward(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows channels"]:
