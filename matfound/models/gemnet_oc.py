@@ -129,6 +129,7 @@ class GemNetOC(Backbone):
     symmetry = "E3"
     continuity = -1
     channels: int
+    order: Tensor
 
     def __init__(
         self,
@@ -227,6 +228,7 @@ class GemNetOC(Backbone):
             self.down_quadruplet = Dense(num_radial, sizes.radial)
             self.down_middle = BasisProjection(num_radial, degrees, sizes.circular)
             self.down_dihedral = BasisProjection(num_radial, degrees**2, sizes.spherical)
+            self.register_buffer("order", torch.tensor(harmonics_order(degrees)), persistent=False)
         if sizes.atom_edge:
             self.down_atom_edge = Dense(num_radial, sizes.radial)
             self.down_atom_edge_angle = BasisProjection(num_radial, degrees, sizes.circular)
@@ -342,7 +344,7 @@ class GemNetOC(Backbone):
             dihedral = torch.stack([wave for pair in waves for wave in pair], dim=2) * mask.unsqueeze(2)
             functions = [torch.stack(found, dim=1) * outer.unsqueeze(1) for found in legendre_functions(polar, degrees)]
             parts = [len(pair) for pair in waves]
-            matrix = matrix[:, :, harmonics_order(degrees)]
+            matrix = matrix.index_select(2, self.order)
         return QuadrupletBases(self.down_quadruplet(on_main), circular, dihedral.flatten(1, 2), functions, parts, matrix)
 
 

@@ -26,6 +26,8 @@ from matfound.structures.atomic_data import AtomicData
 
 #: Names of the graphs besides the main one: all pairs of atoms, atoms and edges, and the middle edges of quadruplets.
 ATOMS, ATOM_EDGES, MIDDLES = "a2a", "a2ee2a", "qint"
+#: Numbers of places are multiples of this: matrix products are faster where rows begin at multiples of 16 bytes.
+ROUND = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
     if MIDDLES in edges:
         rows = torch.nonzero(_tagged(batch, edges[MIDDLES], tags)).squeeze(1)
         edges[MIDDLES] = edges[MIDDLES].take(rows)
-    most = widths(*edges.values())
+    most = [-(-width // ROUND) * ROUND for width in widths(*edges.values())]
     places = {name: Padded.of(found, width) for (name, found), width in zip(edges.items(), most, strict=True)}
     on_main = places[MAIN_GRAPH]
     # An edge's opposite has its source as target: swapped, edges are sorted by source.

@@ -100,7 +100,7 @@ class Network(nn.Sequential):
         # With x = f u, (x + g y) / √2 is f/√2 (u + g/f y).
         factors = [factor * 0.5 ** (n / 2) for n in range(len(layers) + 1)]
         gains = [gain for before in factors[:-1] for gain in (before, SILU_GAIN)]
-        weights: Sequence[Tensor] = [weight for layer in layers for weight in layer.weights]
+        weights: list[Tensor] | tuple[Tensor, ...] = [weight for layer in layers for weight in layer.weights]
         # All weights are multiplied at once, unless rows are few and the products were kept for a backward pass.
         if at_once := not torch.is_grad_enabled() or len(x) >= MANY * x.shape[1]:
             weights = torch._foreach_mul(weights, gains)
@@ -123,7 +123,7 @@ class Scale(nn.Module):
         gain: what is multiplied lacks this constant, which the value has.
     """
 
-    #: While factors are fitted: what is told of what was scaled and of its reference.
+    #: While factors are fitted: what is told of the product and of its reference; without a known factor the product is what it is to scale.
     observer: Callable[["Scale", Tensor, Tensor], None] | None = None
     #: The value, while `shared_factors` lasts.
     shared: Tensor | None = None
@@ -139,7 +139,7 @@ class Scale(nn.Module):
         return known(self.factor) * self.gain if self.shared is None else self.shared
 
     def tell(self, x: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
-        """What was multiplied, and its reference: rows that count, and channels; both with the constants that they lack."""
+        """The product and its reference: rows that count, and channels; with the constants that they may lack elsewhere."""
         if self.observer is not None:
             self.observer(self, x(), reference())
 
