@@ -12,8 +12,8 @@ Structures are OC20-like fcc(111) slabs of 72 atoms of one metal with an adsorba
 - step: the same and AdamW.
 
 A row has the median ms of a call, host ms until it returns, the peak that torch allocated with the weights of that code alone, and how
-many times as fast as fairchem's it is. Also for infer and train: calls of operations that compute (no views), those of them that wait for
-the device, the GFLOP of matrix products, and the ms these take at the rate of a large product, below which this algorithm cannot go.
+many times as fast as fairchem's it is. For all tasks but whole and step also: calls of operations that compute (no views), those of them
+that wait for the device, the GFLOP of matrix products, and the ms these take at the rate of a large product: this algorithm's floor.
 
 Outputs are compared with ours in float64: ours in float32 must be off by at most four times what fairchem's is, plus 1e-6 of the largest
 number, and fairchem's by no more than 1e-3 of the largest; otherwise, and where ours fails, is slower, or makes indices less than three
@@ -170,7 +170,7 @@ def measure(code: gemnet_oc.Code, head: Row, task: str, atoms: int, args: argpar
     with timing.limit(args.limit):
         call = calls(code, task, head["batch"], atoms, device)
         row = timing.timed(call, device, args.seconds)
-        if task in ("indices", "infer", "train"):
+        if task in ("graphs", "indices", "infer", "train"):
             row |= counted(call)
         if args.profile and task in ("indices", "infer", "train"):
             row["profile"] = profiled(call)

@@ -123,7 +123,7 @@ class Scale(nn.Module):
         gain: what is multiplied lacks this constant, which the value has.
     """
 
-    #: While factors are fitted: what is told of the product and of its reference; without a known factor the product is what it is to scale.
+    #: While factors are fitted: what is told of the product, which is what is to be scaled if there is no factor yet, and of its reference.
     observer: Callable[["Scale", Tensor, Tensor], None] | None = None
     #: The value, while `shared_factors` lasts.
     shared: Tensor | None = None
