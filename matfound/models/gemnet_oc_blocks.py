@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from matfound.graphs.triplets import Edges, Padded
 from matfound.models.gemnet_oc_indices import GraphIndices, Middles, Triplets
-from matfound.models.gemnet_oc_layers import SILU_GAIN, Bilinear, Dense, Network, Scale, Scaled, Up, scaled
+from matfound.models.gemnet_oc_layers import SILU_GAIN, Bilinear, Dense, Network, Scale, Scaled, Up
 from matfound.nn.gather import Gather, pad, unpad
 from matfound.nn.gradients import sum_over
 
@@ -60,21 +60,20 @@ class Messages(nn.Module):
 
     def __init__(self, sizes: InteractionSizes) -> None:
         super().__init__()
-        self.dense = Dense(sizes.source, sizes.source, activation=True)
+        self.dense = Dense(sizes.source, sizes.source)
         self.radial = Dense(sizes.radial, sizes.source)
         self.scale_radial = Scale(SILU_GAIN)
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        self.down = Dense(sizes.source, sizes.inner)
 
     def messages(
         self, x: Float[Tensor, "rows source"], radial: Float[Tensor, "edges radial"], source: Gather | None = None
     ) -> Float[Tensor, "edges inner"]:
         """One of each edge; `source` takes x of atoms to edges."""
-        silu, linear = nn.functional.silu, nn.functional.linear
-        x = silu(linear(x, self.dense.weight))
+        x = self.dense.silu(x)
         x = x if source is None else source(x)
-        product = x * linear(radial, self.radial.weight * self.scale_radial.value)
+        product = x * nn.functional.linear(radial, self.radial.weight * self.scale_radial.value)
         self.scale_radial.tell(lambda: product, lambda: SILU_GAIN * x)
-        return silu(linear(product, self.down.weight))
+        return self.down.silu(product)
 
 
 class TripletInteraction(Messages):
@@ -90,7 +89,7 @@ class TripletInteraction(Messages):
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
         self.scale_sum = Scale(SILU_GAIN)
         self.up: Up | Dense
-        self.up = Dense(sizes.outer, sizes.target, activation=True) if to_atoms else Up(sizes.outer, sizes.target)
+        self.up = Dense(sizes.outer, sizes.target) if to_atoms else Up(sizes.outer, sizes.target)
 
     def to_edges(
         self,
@@ -103,7 +102,7 @@ class TripletInteraction(Messages):
         assert isinstance(self.up, Up)
         x = pad(self.messages(message, bases.radial, source), index.incoming)
         sums = unpad(torch.bmm(bases.sphere, x).unflatten(1, (index.mask.shape[1], bases.matrix.shape[2])), index.outgoing)
-        told = scaled(self.bilinear, self.scale_sum, torch.bmm(bases.matrix, sums))
+        told = self.bilinear(torch.bmm(bases.matrix, sums), self.scale_sum.value)
         self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * index.repeated(x))
         found: tuple[Tensor, Tensor] = self.up(told)
         return found
@@ -118,9 +117,9 @@ class TripletInteraction(Messages):
         """What each atom is told, without the gain; the basis is `Bases.on_atoms`."""
         assert isinstance(self.up, Dense)
         x = pad(self.messages(message, radial), index.incoming)
-        told = scaled(self.bilinear, self.scale_sum, torch.bmm(basis, x))
+        told = self.bilinear(torch.bmm(basis, x), self.scale_sum.value)
         self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * index.repeated(x))
-        return nn.functional.silu(nn.functional.linear(told, self.up.weight))
+        return self.up.silu(told)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +175,7 @@ class QuadrupletInteraction(Messages):
         parts = zip(bases.polar, sums.split([part * channels for part in bases.parts], dim=2), strict=True)
         products = [torch.bmm(polar, part).flatten(1) for polar, part in parts]
         whole = (products[0] if len(products) == 1 else torch.cat(products, dim=1)).unflatten(1, (-1, channels))
-        told = scaled(self.bilinear, self.scale_sum, torch.bmm(bases.matrix, whole))
+        told = self.bilinear(torch.bmm(bases.matrix, whole), self.scale_sum.value)
         self.scale_sum.tell(lambda: told, lambda: y.unsqueeze(1).expand(*quads.mask.shape, -1)[quads.mask])
         found: tuple[Tensor, Tensor] = self.up(told)
         return found
@@ -191,20 +190,19 @@ class AtomInteraction(nn.Module):
 
     def __init__(self, sizes: InteractionSizes) -> None:
         super().__init__()
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        self.down = Dense(sizes.source, sizes.inner)
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
         self.scale_sum = Scale(SILU_GAIN)
-        self.up = Dense(sizes.outer, sizes.target, activation=True)
+        self.up = Dense(sizes.outer, sizes.target)
 
     def forward(
         self, h: Float[Tensor, "atoms source"], basis: Float[Tensor, "atoms basis width"], places: Padded, pairs: Gather
     ) -> Float[Tensor, "atoms target"]:
         """What each atom is told, without the gain; the basis is 0 where there is no edge, and `pairs` takes what atoms have to places."""
-        silu, linear = nn.functional.silu, nn.functional.linear
-        x = pairs(silu(linear(h, self.down.weight))).unflatten(0, places.row.shape)
-        told = scaled(self.bilinear, self.scale_sum, torch.bmm(basis, x))
+        x = pairs(self.down.silu(h)).unflatten(0, places.row.shape)
+        told = self.bilinear(torch.bmm(basis, x), self.scale_sum.value)
         self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * x[places.valid])
-        return silu(linear(told, self.up.weight))
+        return self.up.silu(told)
 
 
 class EdgeEmbedding(nn.Module):
@@ -212,7 +210,7 @@ class EdgeEmbedding(nn.Module):
 
     def __init__(self, atom: int, edge: int, outputs: int) -> None:
         super().__init__()
-        self.dense = Dense(2 * atom + edge, outputs, activation=True)
+        self.dense = Dense(2 * atom + edge, outputs)
 
     def forward(
         self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], index: GraphIndices
@@ -318,7 +316,7 @@ class InteractionBlock(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         atom, edge, radial = sizes.atom, sizes.edge, sizes.radial
-        self.skip = Dense(edge, edge, activation=True)
+        self.skip = Dense(edge, edge)
 
         def interaction(source: int, target: int, inner: int, outer: int, basis: int) -> InteractionSizes:
             return InteractionSizes(source, inner, outer, target, radial, basis)
@@ -344,11 +342,10 @@ class InteractionBlock(nn.Module):
         self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], bases: AllBases, index: GraphIndices
     ) -> tuple[Float[Tensor, "atoms atom"], Float[Tensor, "edges edge"]]:
         """New features of atoms and edges."""
-        skipped = nn.functional.silu(nn.functional.linear(m, self.skip.weight))
         told = self._told(h, m, bases, index)
         same, opposite = (_total(parts) for parts in zip(*told, strict=True))
         # Of independent parts, the sum over √n keeps the variance.
-        x = torch.add(skipped, same + index.swap(opposite), alpha=0.5**0.5)
+        x = torch.add(self.skip.silu(m), same + index.swap(opposite), alpha=0.5**0.5)
         skip = self.before_skip.scaled(x, SILU_GAIN * (len(told) + 1) ** -0.5)
         heard = self._heard(h, m, bases, index)
         x = torch.add(h, _total(heard), alpha=SILU_GAIN) if heard else h

@@ -35,18 +35,17 @@ def he_orthogonal_(weight: Tensor) -> Tensor:
 
 
 class Dense(nn.Linear):
-    """act(x W), without a bias."""
+    """x W, without a bias."""
 
-    def __init__(self, inputs: int, outputs: int, *, activation: bool = False) -> None:
-        self.activation = activation
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
         he_orthogonal_(self.weight)
 
-    def forward(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-        x = super().forward(x)
-        return nn.functional.silu(x) * SILU_GAIN if self.activation else x
+    def silu(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
+        """The activation of it without `SILU_GAIN`."""
+        return nn.functional.silu(nn.functional.linear(x, self.weight))
 
 
 class Scaled(NamedTuple):
@@ -66,7 +65,7 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(Dense(channels, channels, activation=True) for _ in range(2)))
+        self.layers = nn.Sequential(*(Dense(channels, channels) for _ in range(2)))
 
     @property
     def weights(self) -> list[Tensor]:
@@ -75,17 +74,17 @@ class Residual(nn.Module):
 
 
 class Network(nn.Sequential):
-    """A dense layer, if the width changes, and residual layers."""
+    """A dense layer with an activation, if the width changes, and residual layers."""
 
     def __init__(self, inputs: int, channels: int, residuals: int) -> None:
-        first = [Dense(inputs, channels, activation=True)] if inputs != channels else []
+        first = [Dense(inputs, channels)] if inputs != channels else []
         super().__init__(*first, *(Residual(channels) for _ in range(residuals)))
 
     @property
     def factor(self) -> float:
         """That of the result of features whose factor is 1."""
         gains = [SILU_GAIN if isinstance(layer, Dense) else 0.5**0.5 for layer in self]
-        return math.prod(gains)
+        return math.prod(gains, start=1.0)
 
     def scaled(self, x: Float[Tensor, "rows inputs"], factor: float = 1.0) -> Scaled:
         """The network of factor · x."""
@@ -181,14 +180,14 @@ class BasisProjection(nn.Module):
 
 
 class Bilinear(nn.Module):
-    """W (B ⊗ m): a linear map of all products of basis and message."""
+    """s W (B ⊗ m): a linear map of all products of basis and message, scaled."""
 
     def __init__(self, basis: int, message: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(he_orthogonal_(torch.empty(outputs, basis * message)))
 
-    def forward(self, products: Float[Tensor, "rows basis message"]) -> Float[Tensor, "rows outputs"]:
-        return nn.functional.linear(products.flatten(1), self.weight)
+    def forward(self, products: Float[Tensor, "rows basis message"], scale: Float[Tensor, ""]) -> Float[Tensor, "rows outputs"]:
+        return nn.functional.linear(products.flatten(1), self.weight * scale)
 
 
 class Up(nn.Module):
@@ -196,17 +195,11 @@ class Up(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.same, self.opposite = (Dense(inputs, outputs, activation=True) for _ in range(2))
+        self.same, self.opposite = (Dense(inputs, outputs) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "edges inputs"]) -> tuple[Float[Tensor, "edges outputs"], Float[Tensor, "edges outputs"]]:
         """What the edge and what its opposite is to be told, without gain and 1/√2."""
-        silu, linear = nn.functional.silu, nn.functional.linear
-        return silu(linear(x, self.same.weight)), silu(linear(x, self.opposite.weight))
-
-
-def scaled(bilinear: Bilinear, scale: Scale, products: Float[Tensor, "rows basis message"]) -> Float[Tensor, "rows outputs"]:
-    """The linear map of products of basis and message, scaled."""
-    return nn.functional.linear(products.flatten(1), bilinear.weight * scale.value)
+        return self.same.silu(x), self.opposite.silu(x)
 
 
 def embedding(num_elements: int, channels: int) -> nn.Parameter:
