@@ -31,6 +31,8 @@ class Gather(NamedTuple):
 
     def __call__(self, x: Float[Tensor, "size *d"]) -> Float[Tensor, "rows *d"]:
         """The rows of a tensor."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x.index_select(0, self.row)
         found: Tensor = _Take.apply(x, *self)
         return found
 
@@ -64,6 +66,8 @@ class Exchange(NamedTuple):
 
     def __call__(self, x: Float[Tensor, "rows *d"]) -> Float[Tensor, "places *d"]:
         """What is in the places."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x.index_select(0, self.there)
         found: Tensor = _Exchange.apply(x, *self)
         return found
 
