@@ -70,9 +70,12 @@ class Neighbors:
 
     def in_places(self) -> Gather:
         """Takes what atoms have to places."""
-        order = self.source.order
-        by_source = self.places.place if order is None else self.places.place.index_select(0, order)
-        return Gather(self.source.row[self.places.row].flatten(), by_source, self.source.starts)
+        source, place = self.source, self.places.place
+
+        def order() -> Tensor:
+            return place if source.order is None else place.index_select(0, source.order)
+
+        return Gather(source.row[self.places.row].flatten(), source.size, order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +156,14 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
     places = {name: Padded.of(found, width) for (name, found), width in zip(edges.items(), most, strict=True)}
     on_main = places[MAIN_GRAPH]
     # An edge's opposite has its source as target: swapped, edges are sorted by source.
-    source = Gather(main.edges.source, main.swap, main.edges.starts)
-    target = Gather(main.edges.target, None, main.edges.starts)
+    source = Gather(main.edges.source, atoms, main.swap, main.edges.starts)
+    target = Gather(main.edges.target, atoms, None, main.edges.starts)
     more: dict[str, Any] = {}
     for name in (ATOMS, ATOM_EDGES):
         if name in edges:
-            order = getattr(batch, graph_key("edge_perm", name), None)
-            more[name] = Neighbors(edges[name], places[name], Gather.of(edges[name].source, atoms, order))
+            found, by_source = edges[name].source, getattr(batch, graph_key("edge_perm", name), None)
+            gather = Gather.of(found, atoms) if by_source is None else Gather(found, atoms, by_source)
+            more[name] = Neighbors(edges[name], places[name], gather)
     between = places.get(ATOM_EDGES)
     if rows is not None:
         more[MIDDLES] = _middles(main.edges, on_main, edges[MIDDLES], places[MIDDLES], rows)
@@ -189,7 +193,7 @@ def _middles(edges: Edges, main: Padded, middles: Edges, places: Padded, rows: T
         middles,
         rows,
         Gather.of(middles.source, len(edges.starts) - 1),
-        Gather(middles.target, None, middles.starts),
+        Gather(middles.target, len(edges.starts) - 1, None, middles.starts),
         places,
         quads,
         Exchange(quads.rows.flatten(), back.flatten()),

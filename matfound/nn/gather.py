@@ -1,5 +1,7 @@
 """Rows of a tensor taken by an index, whose derivatives are summed in a fixed order: a GPU then gives the same bits in every run."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,45 +12,62 @@ from matfound.graphs.triplets import Padded, segment_starts
 from matfound.nn.gradients import sum_over
 
 
-class Gather(NamedTuple):
+class Gather:
     """Takes rows of tensors that all have as many of them.
+
+    What derivatives need is found with the first of them.
 
     Args:
         row: the row that is taken, for each row of the result.
-        order: the rows of the result that count, sorted by index; None where all do and are sorted.
-        starts: where each value begins in the sorted index, and the last one's end.
+        size: how many rows there are.
+        order: the rows of the result that count, sorted by `row`, or what finds them; None where all do and are sorted.
+        starts: where each value begins in the sorted rows, and the last one's end, if it is known.
     """
 
-    row: Int[Tensor, " rows"]
-    order: Int[Tensor, " counted"] | None
-    starts: Int[Tensor, " size_and_one"]
+    def __init__(
+        self,
+        row: Int[Tensor, " rows"],
+        size: int,
+        order: Tensor | Callable[[], Tensor] | None,
+        starts: Int[Tensor, " size_and_one"] | None = None,
+    ) -> None:
+        self.row, self.size, self.given, self.starts = row, size, order, starts
 
     @classmethod
-    def of(cls, index: Int[Tensor, " rows"], size: int, order: Int[Tensor, " rows"] | None = None) -> "Gather":
-        """Of an index in any order; `order` is the stable one that sorts it, if it is known."""
-        order = torch.argsort(index, stable=True) if order is None else order
-        return cls(index, order, segment_starts(index.index_select(0, order), size))
+    def of(cls, row: Int[Tensor, " rows"], size: int) -> "Gather":
+        """Of rows in any order."""
+        return cls(row, size, lambda: torch.argsort(row, stable=True))
 
     def __call__(self, x: Float[Tensor, "size *d"]) -> Float[Tensor, "rows *d"]:
         """The rows of a tensor."""
         if not (x.requires_grad and torch.is_grad_enabled()):
             return x.index_select(0, self.row)
-        found: Tensor = _Take.apply(x, *self)
+        found: Tensor = _Take.apply(x, self)
         return found
+
+    @functools.cached_property
+    def order(self) -> Int[Tensor, " counted"] | None:
+        """The rows of the result that count, sorted by `row`; None where all do and are sorted."""
+        return self.given() if callable(self.given) else self.given
+
+    @functools.cached_property
+    def segments(self) -> tuple[Int[Tensor, " counted"], Int[Tensor, " size_and_one"]]:
+        """The sorted rows, and where each value begins."""
+        rows = self.row if self.order is None else self.row.index_select(0, self.order)
+        return rows, segment_starts(rows, self.size) if self.starts is None else self.starts
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor | None, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(index, order, starts)
-        return x.index_select(0, index)
+    def forward(ctx: Any, x: Tensor, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        return x.index_select(0, gather.row)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        index, order, starts = ctx.saved_tensors
-        if order is not None:
-            g, index = g.index_select(0, order), index.index_select(0, order)
-        return sum_over(g, index, len(starts) - 1, starts), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        gather: Gather = ctx.gather
+        rows, starts = gather.segments
+        return sum_over(g if gather.order is None else g.index_select(0, gather.order), rows, gather.size, starts), None
 
 
 class Exchange(NamedTuple):
