@@ -11,8 +11,8 @@ from matfound.fields import MAIN_GRAPH, graph_key
 from matfound.graphs.neighbors import add_graphs, edge_vectors
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Potential
-from matfound.models.gemnet_oc import ATOM_EDGES, ATOMS, MIDDLES, GemNetOC
-from matfound.models.gemnet_oc_blocks import GraphIndices
+from matfound.models.gemnet_oc import GemNetOC
+from matfound.models.gemnet_oc_indices import ATOM_EDGES, ATOMS, MIDDLES, GraphIndices
 from matfound.structures.atomic_data import AtomicData, collate
 
 
@@ -98,19 +98,21 @@ def prepared_gemnet(name: str, content: dict[str, Any], potential: Potential) ->
     for kind, found, first, second in (*kinds, ("e2a", index.edge_to_atom, MAIN_GRAPH, ATOM_EDGES)):
         if found is not None:
             places = [stored[f"trip_idx_{kind}.{end}"] for end in ("in", "out")]
-            ours = torch.cat([listed(index, first)[found.incoming], listed(index, second)[found.outgoing]], dim=1)
+            incoming, outgoing = found.listed()
+            ours = torch.cat([listed(index, first)[incoming], listed(index, second)[outgoing]], dim=1)
             reference = torch.cat([theirs[first][places[0]], theirs[second][places[1]]], dim=1)
             same = sorted(ours.tolist()) == sorted(reference.tolist())
             rows.append(Row(name, f"triplets {kind}", 0.0 if same else math.inf, 0.0, "" if same else "not the same set", failed=not same))
-    if index.quads is not None:
-        rows.append(equal(name, "quadruplets", len(index.quads.outgoing), int(stored["n_quadruplets"])))
+    if index.middles is not None:
+        rows.append(equal(name, "quadruplets", int(index.middles.quads.mask.sum()), int(stored["n_quadruplets"])))
     return Case(name, content, batch, torch.arange(0)), rows
 
 
 def listed(index: GraphIndices, graph: str) -> torch.Tensor:
     """Edges as rows of source, target and shift."""
-    edges = {MAIN_GRAPH: index.main.edges, ATOMS: index.atoms, ATOM_EDGES: index.atom_edges, MIDDLES: index.middles}[graph]
-    assert edges is not None
+    found = {MAIN_GRAPH: index.main, ATOMS: index.atoms, ATOM_EDGES: index.atom_edges, MIDDLES: index.middles}[graph]
+    assert found is not None
+    edges = found.edges
     return torch.cat([torch.stack([edges.source, edges.target], dim=1), edges.shift.to(torch.int64)], dim=1)
 
 

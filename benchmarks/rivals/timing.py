@@ -18,7 +18,8 @@ from ase.build import bulk
 #: What a row of a run depends on.
 PACKAGES = (
     "torch", "e3nn", "numpy", "ase", "sevenn", "mace-torch", "matscipy", "openequivariance", "cuequivariance", "cuequivariance-torch",
-    "cuequivariance-ops-torch-cu13", "cuequivariance-ops-torch-cu12", "triton",
+    "cuequivariance-ops-torch-cu13", "cuequivariance-ops-torch-cu12", "triton", "fairchem-core", "torch-geometric", "torch_scatter",
+    "torch_sparse",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Pairs, triples and quadruples of edges that share atoms (GemNet, arXiv:2106.08903; GemNet-OC, arXiv:2204.02782).
 
-Everything is built for a whole batch at once, on the device of the edges, from edges sorted by target: no sparse matrices, no padding to
-the largest number of neighbours, and the same order in every run.
+The edges that an atom receives lie side by side, padded to the largest number of them (`Padded`). Two edges of one atom are then two
+places, triplets a mask over pairs of places, and sums over triplets are matrix products for each atom: nothing is listed. Everything is
+built for a whole batch at once, on the device of the edges, from edges sorted by target, and has the same order in every run.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+#: Lattice shifts are the digits of a number to this base: images of neighbouring atoms are less than 4,096 cells apart.
+BASE = 2**13
 
 
 class Edges(NamedTuple):
@@ -33,7 +37,14 @@ class Edges(NamedTuple):
 
     def take(self, rows: Int[Tensor, " rows"]) -> "Edges":
         """Some of the edges, in their order."""
-        return Edges.of(self.source[rows], self.target[rows], self.shift[rows], len(self.starts) - 1)
+        source, target, shift = (tensor.index_select(0, rows) for tensor in self[:3])
+        return Edges.of(source, target, shift, len(self.starts) - 1)
+
+    @property
+    def most(self) -> Int[Tensor, ""]:
+        """The largest number of edges of one target."""
+        counts = self.starts.diff()
+        return counts.max() if len(counts) else self.starts.sum()
 
 
 class Symmetric(NamedTuple):
@@ -52,38 +63,46 @@ class Symmetric(NamedTuple):
     swap: Int[Tensor, " edges"]
 
 
-class Triplets(NamedTuple):
-    """Pairs of an edge of one graph and an edge of another, sorted by the second.
+class Padded(NamedTuple):
+    """Edges side by side for each target.
 
     Args:
-        incoming: edge of the first graph.
-        outgoing: edge of the second graph.
-        starts: where the triplets of each outgoing edge begin, and the last one's end.
+        row: the edge in each place; where there is none, another one, of the same target if it has any.
+        valid: whether there is one.
+        place: the place of each edge, in a row of atoms · width places.
+        key: a number for the source and its image (`image_key`).
     """
 
-    incoming: Int[Tensor, " triplets"]
-    outgoing: Int[Tensor, " triplets"]
-    starts: Int[Tensor, " edges_and_one"]
+    row: Int[Tensor, "atoms width"]
+    valid: Bool[Tensor, "atoms width"]
+    place: Int[Tensor, " edges"]
+    key: Int[Tensor, "atoms width"]
+
+    @classmethod
+    def of(cls, edges: Edges, width: int) -> "Padded":
+        """Of edges of which no target has more than `width`."""
+        first, device = edges.starts[:-1, None], edges.starts.device
+        row = first + torch.arange(width, device=device)
+        valid = row < edges.starts[1:, None]
+        row = torch.minimum(row, edges.starts[1:, None] - 1).clamp(min=0)
+        place = torch.arange(len(edges.target), device=device) - edges.starts.index_select(0, edges.target)
+        return cls(row, valid, torch.add(place, edges.target, alpha=width), image_key(edges.source, edges.shift)[row])
 
 
 class Quadruplets(NamedTuple):
-    """Chains d → b → a ← c: edge d → b, an edge b → a of the graph of middle edges, and edge c → a.
+    """Chains d → b → a ← c: d → b and c → a are edges of the main graph, b → a is one of the middle edges.
 
     Args:
-        inner: pairs (d → b, b → a), sorted by the middle edge.
-        outer: pairs (b → a, c → a), sorted by c → a.
-        in_inner: the pair of `inner` that each quadruplet has.
-        in_outer: the pair of `outer` that it has.
-        outgoing: its edge c → a; quadruplets are sorted by it.
-        starts: where the quadruplets of each edge c → a begin, and the last one's end.
+        inner: which places of b's edges are a d, for each middle edge: not a itself.
+        mask: which pairs of a place of a's edges, c, and one of b's, d, are a chain of four atoms.
+        outer: which places of a's middle edges are a b, for each main edge c → a: not c itself.
+        rows: the row of middles · width rows for each pair (b → a, c → a), b by places and c → a by edges.
     """
 
-    inner: Triplets
-    outer: Triplets
-    in_inner: Int[Tensor, " quadruplets"]
-    in_outer: Int[Tensor, " quadruplets"]
-    outgoing: Int[Tensor, " quadruplets"]
-    starts: Int[Tensor, " edges_and_one"]
+    inner: Bool[Tensor, "middles width"]
+    mask: Bool[Tensor, "middles width width"]
+    outer: Bool[Tensor, "edges places"]
+    rows: Int[Tensor, "edges places"]
 
 
 def segment_starts(index: Int[Tensor, " rows"], size: int) -> Int[Tensor, " size_and_one"]:
@@ -91,13 +110,15 @@ def segment_starts(index: Int[Tensor, " rows"], size: int) -> Int[Tensor, " size
     return torch.searchsorted(index, torch.arange(size + 1, device=index.device))
 
 
-def join(keys: Int[Tensor, " rows"], starts: Int[Tensor, " size_and_one"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """All pairs of a row and a member of the segment that its key names, sorted by row."""
-    first = starts[keys]
-    counts = starts[keys + 1] - first
-    ends = torch.cumsum(counts, 0)
-    rows = torch.repeat_interleave(torch.arange(len(keys), device=keys.device), counts)
-    return rows, torch.arange(len(rows), device=keys.device) + (first - ends + counts)[rows]
+def shift_key(shift: Int[Tensor, "rows 3"]) -> Int[Tensor, " rows"]:
+    """A number for a lattice shift: that of a sum is the sum, and it has the sign of the first component that is not 0."""
+    x, y, z = shift.unbind(1)
+    return torch.add(torch.add(z, y, alpha=BASE), x, alpha=BASE**2)
+
+
+def image_key(atom: Int[Tensor, " rows"], shift: Int[Tensor, "rows 3"]) -> Int[Tensor, " rows"]:
+    """A number for an image of an atom; another shift's `shift_key` may be added."""
+    return torch.add(shift_key(shift), atom, alpha=BASE**3)
 
 
 def symmetrised(edges: Edges) -> Symmetric:
@@ -107,59 +128,54 @@ def symmetrised(edges: Edges) -> Symmetric:
     Where the directed graph has only one of two opposite edges, because of `max_neighbors`, the order of the atoms so decides whether it
     is kept. That is the rule of the published models.
     """
-    source, target, (x, y, z) = edges.source, edges.target, edges.shift.unbind(1)
-    positive = (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
-    kept = torch.nonzero((source < target) | ((source == target) & positive)).squeeze(1)
-    source, target, shift = source[kept], target[kept], edges.shift[kept]
+    kept = torch.nonzero(image_key(edges.target - edges.source, edges.shift) > 0).squeeze(1)
+    source, target, shift = (tensor.index_select(0, kept) for tensor in edges[:3])
     both = torch.cat([target, source])
-    order = torch.argsort(both, stable=True)
+    ends, order = torch.sort(both, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    swap = place[torch.roll(torch.arange(len(order), device=order.device), -len(kept))][order]
+    swap = place.roll(-len(kept)).index_select(0, order)
     sign = torch.where(order < len(kept), 1.0, -1.0)
-    ends = Edges.of(torch.cat([source, target])[order], both[order], torch.cat([shift, -shift])[order], len(edges.starts) - 1)
-    return Symmetric(ends, torch.cat([kept, kept])[order], sign, swap)
+    source, shift = torch.cat([source, target]).index_select(0, order), torch.cat([shift, -shift]).index_select(0, order)
+    symmetric = Edges.of(source, ends, shift, len(edges.starts) - 1)
+    return Symmetric(symmetric, torch.cat([kept, kept]).index_select(0, order), sign, swap)
 
 
-def triplets(edges: Edges) -> Triplets:
-    """Pairs (b → a, c → a) of different edges of one graph with the same target."""
-    outgoing, incoming = join(edges.target, edges.starts)
-    return _chosen(incoming, outgoing, incoming != outgoing, len(edges.source))
+def widths(*graphs: Edges) -> list[int]:
+    """The largest number of edges of one target, of each graph. Waits for the device, once."""
+    found: list[int] = torch.stack([edges.most for edges in graphs]).tolist()
+    return found
 
 
-def mixed_triplets(first: Edges, second: Edges, *, chain: bool = False) -> Triplets:
-    """Pairs of an edge of one graph and an edge of another.
+def triplets(edges: Padded) -> Bool[Tensor, "atoms out in"]:
+    """Pairs (c → a, b → a) of different edges of one graph with the same target."""
+    both = edges.valid.unsqueeze(2) & edges.valid.unsqueeze(1)
+    return both & ~torch.eye(both.shape[1], dtype=torch.bool, device=both.device)
+
+
+def mixed_triplets(outgoing: Padded, incoming: Padded) -> Bool[Tensor, "atoms out in"]:
+    """Pairs (c → a, b → a) of an edge of one graph and an edge of another, without b = c, the same image of the same atom."""
+    return outgoing.valid.unsqueeze(2) & incoming.valid.unsqueeze(1) & (outgoing.key.unsqueeze(2) != incoming.key.unsqueeze(1))
+
+
+def quadruplets(edges: Edges, main: Padded, middles: Edges, places: Padded) -> Quadruplets:
+    """Chains d → b → a ← c of four atoms; images count.
 
     Args:
-        first: has the incoming edges.
-        second: has the outgoing edges.
-        chain: False for b → a and c → a, without b = c; True for d → b and b → a, without d = a. What is equal are atoms with their image.
+        edges: the main graph.
+        main: its places.
+        middles: of any graph.
+        places: their places.
     """
-    outgoing, incoming = join(second.source if chain else second.target, first.starts)
-    if chain:
-        return _chosen(incoming, outgoing, _differ(first, incoming, second.target[outgoing], -second.shift[outgoing]), len(second.source))
-    return _chosen(incoming, outgoing, _differ(first, incoming, second.source[outgoing], second.shift[outgoing]), len(second.source))
-
-
-def quadruplets(edges: Edges, middle: Edges) -> Quadruplets:
-    """Chains d → b → a ← c of four atoms (images count) with d → b and c → a in `edges` and b → a in `middle`."""
-    inner = mixed_triplets(edges, middle, chain=True)
-    outer = mixed_triplets(middle, edges)
-    in_outer, in_inner = join(outer.incoming, inner.starts)
-    between, outgoing, incoming = outer.incoming[in_outer], outer.outgoing[in_outer], inner.incoming[in_inner]
-    # d as seen from a, against c as seen from a.
-    shift = edges.shift[outgoing] - middle.shift[between]
-    kept = torch.nonzero(_differ(edges, incoming, edges.source[outgoing], shift)).squeeze(1)
-    outgoing = outgoing[kept]
-    return Quadruplets(inner, outer, in_inner[kept], in_outer[kept], outgoing, segment_starts(outgoing, len(edges.source)))
-
-
-def _differ(edges: Edges, rows: Tensor, atom: Tensor, shift: Tensor) -> Bool[Tensor, " rows"]:
-    """Whether the sources of some edges are not this image of this atom."""
-    return (edges.source[rows] != atom) | (edges.shift[rows] != shift).any(1)
-
-
-def _chosen(incoming: Tensor, outgoing: Tensor, mask: Tensor, size: int) -> Triplets:
-    kept = torch.nonzero(mask).squeeze(1)
-    outgoing = outgoing[kept]
-    return Triplets(incoming[kept], outgoing, segment_starts(outgoing, size))
+    source, target = middles.source, middles.target
+    step = shift_key(middles.shift)
+    # d and c as seen from a.
+    d = main.key.index_select(0, source) + step.unsqueeze(1)
+    c = main.key.index_select(0, target)
+    inner = main.valid.index_select(0, source) & (d != (target * BASE**3).unsqueeze(1))
+    outer = main.valid.index_select(0, target) & (c != torch.add(step, source, alpha=BASE**3).unsqueeze(1))
+    mask = outer.unsqueeze(2) & inner.unsqueeze(1) & (c.unsqueeze(2) != d.unsqueeze(1))
+    width = main.row.shape[1]
+    row, valid = places.row.index_select(0, edges.target), places.valid.index_select(0, edges.target)
+    rows = torch.add((main.place - edges.target * width).unsqueeze(1), row, alpha=width)
+    return Quadruplets(inner, mask, valid & outer.flatten()[rows], rows)

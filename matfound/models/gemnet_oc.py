@@ -6,39 +6,28 @@ Simulation Datasets", TMLR 2022, arXiv:2204.02782; it builds on GemNet, arXiv:21
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from matfound.errors import InputError
-from matfound.fields import MAIN_GRAPH, graph_key
+from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
-from matfound.graphs.triplets import Edges, Quadruplets, Triplets, mixed_triplets, quadruplets, segment_starts, symmetrised, triplets
+from matfound.graphs.triplets import Edges
 from matfound.models.base import Backbone, NodeFeatures
-from matfound.models.gemnet_oc_blocks import (
-    AllBases,
-    Bases,
-    BasisProjection,
-    Dense,
-    EdgeEmbedding,
-    GraphIndices,
-    InteractionBlock,
-    OutputBlock,
-    QuadrupletBases,
-    Sizes,
-    embedding,
-)
-from matfound.nn.angular import angle, cosine, real_harmonics, zonal_harmonics
+from matfound.models.gemnet_oc_blocks import AllBases, Bases, EdgeEmbedding, InteractionBlock, OutputBlock, QuadrupletBases, Sizes
+from matfound.models.gemnet_oc_indices import ATOM_EDGES, ATOMS, MIDDLES, GraphIndices, Middles, Triplets, graph_indices
+from matfound.models.gemnet_oc_layers import SILU_GAIN, BasisProjection, Dense, Scale, embedding, shared_factors
+from matfound.nn.angular import angle, cosine, cosine_of_angle, fourier, harmonics_order, legendre_functions, zonal_harmonics
 from matfound.nn.cutoffs import PolynomialCutoff
+from matfound.nn.gather import Exchange, pad
 from matfound.nn.gradients import leaf_vectors
 from matfound.nn.radial import GaussianBasis
 from matfound.structures.atomic_data import AtomicData
-
-#: Names of the graphs besides the main one: all pairs of atoms, atoms and edges, and the middle edges of quadruplets.
-ATOMS, ATOM_EDGES, MIDDLES = "a2a", "a2ee2a", "qint"
 
 Spherical = Literal["legendre_outer", "spherical_harmonics"]
 
@@ -56,8 +45,7 @@ class RadialBasis(nn.Module):
         return self.envelope(r).unsqueeze(1) * self.gaussians(r)
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Distances in Å and unit vectors from target to source."""
 
     distance: Float[Tensor, " edges"]
@@ -78,13 +66,13 @@ class GemNetFeatures(NodeFeatures):
         edge_features: (main edges, channels); None without direct forces.
         units: from target to source.
         edges: the symmetrised main graph.
-        swap: index of the opposite of each edge.
+        swap: takes what edges have to their opposites.
     """
 
     edge_features: Float[Tensor, "main_edges edge_channels"] | None = None
     units: Float[Tensor, "main_edges 3"] | None = None
     edges: Edges | None = None
-    swap: Int[Tensor, " main_edges"] | None = None
+    swap: Exchange | None = None
 
 
 class GemNetOC(Backbone):
@@ -141,6 +129,7 @@ class GemNetOC(Backbone):
     symmetry = "E3"
     continuity = -1
     channels: int
+    order: Tensor
 
     def __init__(
         self,
@@ -226,6 +215,11 @@ class GemNetOC(Backbone):
         """Radial bases of the graphs and the projections that all blocks share."""
         sizes, degrees = self.sizes, self.num_spherical
         self.radial = nn.ModuleDict({graph: RadialBasis(num_radial, cutoffs[graph], exponent) for graph in self.graphs})
+        #: Graphs that share a radial basis.
+        self.same_cutoff = [
+            [graph for graph in self.graphs if cutoffs[graph] == cutoff]
+            for cutoff in dict.fromkeys(cutoffs[graph] for graph in self.graphs)
+        ]
         self.down_edge = Dense(num_radial, sizes.radial)
         self.down_triplet = BasisProjection(num_radial, degrees, sizes.circular)
         self.down_update = Dense(num_radial, sizes.radial)
@@ -234,6 +228,7 @@ class GemNetOC(Backbone):
             self.down_quadruplet = Dense(num_radial, sizes.radial)
             self.down_middle = BasisProjection(num_radial, degrees, sizes.circular)
             self.down_dihedral = BasisProjection(num_radial, degrees**2, sizes.spherical)
+            self.register_buffer("order", torch.tensor(harmonics_order(degrees)), persistent=False)
         if sizes.atom_edge:
             self.down_atom_edge = Dense(num_radial, sizes.radial)
             self.down_atom_edge_angle = BasisProjection(num_radial, degrees, sizes.circular)
@@ -249,118 +244,114 @@ class GemNetOC(Backbone):
         if not self.differentiated:
             vectors = {graph: found.detach() for graph, found in vectors.items()}
         index = self.indices(batch)
-        main = index.main
-        geometry = {graph: Geometry.of(found, self.embedding.dtype) for graph, found in vectors.items() if graph != MIDDLES}
-        geometry[MAIN_GRAPH] = Geometry.of(vectors[MAIN_GRAPH][main.origin] * main.sign.double().unsqueeze(1), self.embedding.dtype)
-        if index.middle_rows is not None:
-            geometry[MIDDLES] = Geometry.of(vectors[MIDDLES][index.middle_rows], self.embedding.dtype)
-        radial = {graph: self.radial[graph](found.distance) for graph, found in geometry.items()}
-        bases = self.bases(geometry, radial, index)
-        h = self.embedding[batch.numbers - 1]
-        m = self.edge_embedding(h, radial[MAIN_GRAPH], main.edges)
-        found = [self.outputs[0](h, m, bases.output, main.edges)]
-        for block, output in zip(self.blocks, self.outputs[1:], strict=True):
-            h, m = block(h, m, bases, index)
-            found.append(output(h, m, bases.output, main.edges))
+        bases, on_main, units = self._geometry(vectors, index)
+        with shared_factors(self.scales):
+            h = self.embedding[batch.numbers - 1]
+            m = SILU_GAIN * self.edge_embedding(h, on_main, index)
+            found = [self.outputs[0](h, m, bases.output, index.main.edges)]
+            for block, output in zip(self.blocks, self.outputs[1:], strict=True):
+                h, m = block(h, m, bases, index)
+                found.append(output(h, m, bases.output, index.main.edges))
         return GemNetFeatures(
             scalars=torch.cat([atoms for atoms, _ in found], dim=1),
             vectors=vectors,
             edge_features=torch.cat([edges for _, edges in found], dim=1) if self.direct_forces else None,
-            units=geometry[MAIN_GRAPH].unit,
-            edges=main.edges,
-            swap=main.swap,
+            units=units,
+            edges=index.main.edges,
+            swap=index.swap,
         )
+
+    @functools.cached_property
+    def scales(self) -> list[Scale]:
+        """All scale factors, in the order of the network's parts."""
+        return [module for module in self.modules() if isinstance(module, Scale)]
 
     def indices(self, batch: AtomicData) -> GraphIndices:
         """Edges, triplets and quadruplets of a batch, on its device."""
-        sizes, graphs = self.sizes, {name: _edges(batch, name) for name in self.graphs}
-        main = symmetrised(graphs[MAIN_GRAPH])
-        edges, atom_edges = main.edges, graphs.get(ATOM_EDGES)
-        middles = rows = quads = None
-        if sizes.quadruplets:
-            rows = torch.nonzero(self._tagged(batch, graphs[MIDDLES])).squeeze(1)
-            middles = graphs[MIDDLES].take(rows)
-            quads = quadruplets(edges, middles)
-        return GraphIndices(
-            main,
-            triplets(edges),
-            graphs.get(ATOMS),
-            atom_edges,
-            mixed_triplets(atom_edges, edges) if sizes.atom_edge and atom_edges is not None else None,
-            mixed_triplets(edges, atom_edges) if sizes.edge_atom and atom_edges is not None else None,
-            middles,
-            rows,
-            quads,
-        )
+        sizes = self.sizes
+        return graph_indices(batch, list(self.graphs), self.quadruplet_tags, atom_edge=sizes.atom_edge, edge_atom=sizes.edge_atom)
 
-    def _tagged(self, batch: AtomicData, edges: Edges) -> Tensor:
-        """Mask of the edges that can be in the middle of a quadruplet."""
-        if "tags" not in batch:
-            return torch.ones_like(edges.source, dtype=torch.bool)
-        tagged = torch.zeros_like(batch.tags, dtype=torch.bool)
-        for tag in self.quadruplet_tags:
-            tagged = tagged | (batch.tags == tag)
-        some = torch.zeros(batch.num_systems, dtype=torch.int64, device=tagged.device).index_add(0, batch.batch, tagged.long()) > 0
-        tagged = tagged | ~some[batch.batch]
-        return tagged[edges.source] | tagged[edges.target]
+    def _geometry(
+        self, vectors: dict[str, Tensor], index: GraphIndices
+    ) -> tuple[AllBases, Float[Tensor, "main_edges radial"], Float[Tensor, "main_edges 3"]]:
+        """All bases; the radial one and the unit vectors of the main graph."""
+        main, dtype = index.main, self.embedding.dtype
+        vectors = dict(vectors)
+        vectors[MAIN_GRAPH] = vectors[MAIN_GRAPH].index_select(0, main.origin) * main.sign.double().unsqueeze(1)
+        if index.middles is not None:
+            vectors[MIDDLES] = vectors[MIDDLES].index_select(0, index.middles.rows)
+        sizes = [len(found) for found in vectors.values()]
+        parts = (part.split(sizes) for part in Geometry.of(torch.cat(list(vectors.values())), dtype))
+        geometry = {name: Geometry(*both) for name, both in zip(vectors, zip(*parts, strict=True), strict=True)}
+        radial: dict[str, Tensor] = {}
+        for names in self.same_cutoff:
+            distances = [geometry[name].distance for name in names]
+            found = self.radial[names[0]](torch.cat(distances))
+            radial |= zip(names, found.split([len(part) for part in distances]), strict=True)
+        return self.bases(geometry, radial, index), radial[MAIN_GRAPH], geometry[MAIN_GRAPH].unit
 
     def bases(self, geometry: dict[str, Geometry], radial: dict[str, Tensor], index: GraphIndices) -> AllBases:
         """Bases of all kinds of messages."""
-        main, degrees = geometry[MAIN_GRAPH].unit, self.num_spherical
-        on_main = radial[MAIN_GRAPH]
+        degrees, on_main = self.num_spherical, radial[MAIN_GRAPH]
+        unit = pad(geometry[MAIN_GRAPH].unit, index.places)
 
-        def zonal(a: Tensor, b: Tensor, index: Triplets) -> Tensor:
-            return zonal_harmonics(cosine(a[index.incoming], b[index.outgoing]), degrees)
+        def sphere(a: Tensor, b: Tensor, index: Triplets) -> Tensor:
+            """Of unit vectors in places, out and in."""
+            found = cosine(a.unsqueeze(2), b.unsqueeze(1))
+            return zonal_harmonics(found, degrees, 2, index.mask.to(a.dtype)).flatten(1, 2)
 
-        edge = Bases(self.down_edge(on_main), self.down_triplet(on_main), zonal(main, main, index.edge_to_edge))
+        edge = Bases(self.down_edge(on_main), sphere(unit, unit, index.edge_to_edge), self.down_triplet(on_main))
         atom_edge = edge_atom = quads = atoms = None
-        if index.atom_to_edge is not None:
-            sphere = zonal(geometry[ATOM_EDGES].unit, main, index.atom_to_edge)
-            atom_edge = Bases(self.down_atom_edge(radial[ATOM_EDGES]), self.down_atom_edge_angle(on_main), sphere)
-        if index.edge_to_atom is not None:
-            sphere = zonal(main, geometry[ATOM_EDGES].unit, index.edge_to_atom)
-            edge_atom = Bases(self.down_edge_atom(on_main), self.down_edge_atom_angle(radial[ATOM_EDGES]), sphere)
+        if index.atom_edges is not None:
+            between = pad(geometry[ATOM_EDGES].unit, index.atom_edges.places)
+            on_atom_edges = radial[ATOM_EDGES]
+            if index.atom_to_edge is not None:
+                found = sphere(unit, between, index.atom_to_edge)
+                atom_edge = Bases(self.down_atom_edge(on_atom_edges), found, self.down_atom_edge_angle(on_main))
+            if index.edge_to_atom is not None:
+                found = sphere(between, unit, index.edge_to_atom)
+                basis = Bases(self.down_edge_atom(on_main), found, self.down_edge_atom_angle(on_atom_edges))
+                edge_atom = (basis.radial, basis.on_atoms(index.edge_to_atom.outgoing))
         if index.atoms is not None:
-            atoms = self.down_atom(radial[ATOMS])
-        if index.quads is not None:
-            quads = self._quadruplet_bases(main, geometry[MIDDLES].unit, on_main, radial[MIDDLES], index.quads)
+            places = index.atoms.places
+            atoms = (pad(self.down_atom(radial[ATOMS]), places) * places.valid.unsqueeze(2)).transpose(1, 2)
+        if index.middles is not None:
+            quads = self._quadruplet_bases(geometry, unit, on_main, radial[MIDDLES], index, index.middles)
         return AllBases(edge, self.down_update(on_main), self.down_output(on_main), quads, atom_edge, edge_atom, atoms)
 
     def _quadruplet_bases(
         self,
-        main: Float[Tensor, "edges 3"],
-        middle: Float[Tensor, "middles 3"],
+        geometry: dict[str, Geometry],
+        unit: Float[Tensor, "atoms width 3"],
         on_main: Float[Tensor, "edges radial"],
         on_middle: Float[Tensor, "middles radial"],
-        index: Quadruplets,
+        index: GraphIndices,
+        middles: Middles,
     ) -> QuadrupletBases:
-        inner, outer, degrees = index.inner, index.outer, self.num_spherical
+        degrees, quads, middle = self.num_spherical, middles.quads, geometry[MIDDLES].unit
         # d → b → a: the angle at b, and the normal of the plane; c → a ← b likewise.
-        db, ba = main[inner.incoming], middle[inner.outgoing]
-        zonal = zonal_harmonics(cosine(db, ba), degrees)
-        circular = torch.einsum("pis,ps->pi", self.down_middle(on_middle)[inner.outgoing], zonal)
-        ca, ab = main[outer.outgoing], middle[outer.incoming]
-        inner_normal, outer_normal = torch.linalg.cross(db, ba, dim=1), torch.linalg.cross(ca, ab, dim=1)
-        dihedral = angle(outer_normal[index.in_outer], inner_normal[index.in_inner])
-        polar = cosine(ca, ab)
+        db, ca, ba = middles.source(unit), middles.target(unit), middle.unsqueeze(1)
+        circular = torch.bmm(zonal_harmonics(cosine(db, ba), degrees), self.down_middle(on_middle).transpose(1, 2))
+        normals = torch.linalg.cross(ca, ba, dim=2).unsqueeze(2), torch.linalg.cross(db, ba, dim=2).unsqueeze(1)
+        polar = cosine(geometry[MAIN_GRAPH].unit.unsqueeze(1), pad(middle, middles.places).index_select(0, index.main.edges.target))
+        mask, outer = quads.mask.to(unit.dtype), quads.outer.to(unit.dtype)
+        matrix = self.down_dihedral(on_main)
         if self.spherical_basis == "legendre_outer":
-            first = zonal_harmonics(polar, degrees)[index.in_outer]
-            second = zonal_harmonics(torch.cos(dihedral), degrees)
-            sphere = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+            dihedral = zonal_harmonics(cosine_of_angle(*normals), degrees, 2, mask)
+            functions, parts = [zonal_harmonics(polar, degrees, 1, outer)], [degrees]
         else:
-            sphere = real_harmonics(polar[index.in_outer], dihedral, degrees)
-        return QuadrupletBases(self.down_quadruplet(on_main), self.down_dihedral(on_main), sphere, circular)
+            waves = fourier(angle(*normals), degrees)
+            dihedral = torch.stack([wave for pair in waves for wave in pair], dim=2) * mask.unsqueeze(2)
+            functions = [torch.stack(found, dim=1) * outer.unsqueeze(1) for found in legendre_functions(polar, degrees)]
+            parts = [len(pair) for pair in waves]
+            matrix = matrix.index_select(2, self.order)
+        return QuadrupletBases(self.down_quadruplet(on_main), circular, dihedral.flatten(1, 2), functions, parts, matrix)
 
 
 def _pair(channels: Sequence[int]) -> tuple[int, int]:
     if len(channels) != 2:
         raise InputError(f"channels before and after the basis are two numbers, received {list(channels)}")
     return int(channels[0]), int(channels[1])
-
-
-def _edges(batch: AtomicData, graph: str) -> Edges:
-    source, target = batch[graph_key("edge_index", graph)]
-    return Edges(source, target, batch[graph_key("edge_shift", graph)], segment_starts(target, batch.num_nodes))
 
 
 def _graphs(cutoffs: dict[str, float], limits: dict[str, int], sizes: Sizes, *, strict: bool) -> dict[str, GraphSpec]:

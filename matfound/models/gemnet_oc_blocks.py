@@ -1,146 +1,37 @@
-"""Layers of GemNet-OC; see `matfound.models.gemnet_oc`."""
+"""Messages of GemNet-OC; see `matfound.models.gemnet_oc`."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from matfound.graphs.triplets import Edges, Quadruplets, Symmetric, Triplets
+from matfound.graphs.triplets import Edges, Padded
+from matfound.models.gemnet_oc_indices import GraphIndices, Middles, Triplets
+from matfound.models.gemnet_oc_layers import SILU_GAIN, Bilinear, Dense, Network, Scale, Scaled, Up
+from matfound.nn.gather import Gather, pad, unpad
 from matfound.nn.gradients import sum_over
-
-#: SiLU / 0.6 keeps the variance of a normal variable, about.
-SILU_GAIN = 1 / 0.6
-#: Numbers in the largest tensor of outer products that is made at once.
-CHUNK = 2**24
-
-
-def he_orthogonal_(weight: Tensor) -> Tensor:
-    """Orthogonal rows or columns, standardised over the inputs, variance 1 / inputs (He et al.'s with less correlation).
-
-    Args:
-        weight: (outputs, inputs), or (inputs, inputs, outputs).
-    """
-    nn.init.orthogonal_(weight)
-    axis, inputs = ((0, 1), weight.shape[0] * weight.shape[1]) if weight.dim() == 3 else ((1,), weight.shape[1])
-    with torch.no_grad():
-        if inputs > 1:
-            variance, mean = torch.var_mean(weight, dim=axis, keepdim=True)
-            weight.sub_(mean).div_((variance + 1e-6).sqrt())
-        return weight.mul_(inputs**-0.5)
-
-
-class Dense(nn.Linear):
-    """act(x W), without a bias."""
-
-    def __init__(self, inputs: int, outputs: int, *, activation: bool = False) -> None:
-        self.activation = activation
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        he_orthogonal_(self.weight)
-
-    def forward(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-        x = super().forward(x)
-        return nn.functional.silu(x) * SILU_GAIN if self.activation else x
-
-
-class Residual(nn.Module):
-    """(x + act(act(x W₁) W₂)) / √2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(Dense(channels, channels, activation=True) for _ in range(2)))
-
-    def forward(self, x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
-        return (x + self.layers(x)) * 0.5**0.5
-
-
-def network(inputs: int, channels: int, residuals: int) -> nn.Sequential:
-    """A dense layer, if the width changes, and residual layers."""
-    first = [Dense(inputs, channels, activation=True)] if inputs != channels else []
-    return nn.Sequential(*first, *(Residual(channels) for _ in range(residuals)))
-
-
-class Scale(nn.Module):
-    """x times a factor that keeps the variance of a reference; `matfound fit-scales` finds it. 0 is a factor that is not known: 1.
-
-    It is a parameter that is not trained.
-    """
-
-    #: While factors are fitted: what is told of inputs and references.
-    observer: Callable[["Scale", Tensor, Tensor], None] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "rows channels"], reference: Float[Tensor, "others width"]) -> Float[Tensor, "rows channels"]:
-        """x, scaled."""
-        if self.observer is not None:
-            self.observer(self, x, reference)
-        return x * torch.where(self.factor == 0, torch.ones_like(self.factor), self.factor)
-
-
-class BasisProjection(nn.Module):
-    """Σ_n W[n, s, i] e_n(d): what of the radial basis a function on the sphere is multiplied by, one for each s and channel i.
-
-    As published, the result is read with i as the slower index though it was made with s as the slower one: with random weights, any
-    order is as good as another.
-    """
-
-    def __init__(self, radial: int, spherical: int, channels: int) -> None:
-        super().__init__()
-        self.spherical = spherical
-        self.weight = nn.Parameter(he_orthogonal_(torch.empty(radial, spherical, channels)))
-
-    def forward(self, radial: Float[Tensor, "edges radial"]) -> Float[Tensor, "edges channels spherical"]:
-        """One matrix for each edge."""
-        return (radial @ self.weight.flatten(1)).unflatten(1, (-1, self.spherical))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bases:
-    """A radial basis of the edges that bring messages, and for each edge that takes them the matrix of `BasisProjection`, with the
-    functions on the sphere of every triplet or quadruplet.
+    """What all blocks share of one kind of triplets b → a ← c.
+
+    Args:
+        radial: basis of the edges that bring messages.
+        sphere: functions on the sphere of each pair of places of an atom, out of c and in of b, 0 where it is no triplet.
+        matrix: of `BasisProjection`, for each edge c → a.
     """
 
     radial: Float[Tensor, "edges radial"]
+    sphere: Float[Tensor, "atoms out_spherical in"]
     matrix: Float[Tensor, "edges_out channels spherical"]
-    sphere: Float[Tensor, "rows spherical"]
 
-
-def outer_sum(
-    a: Float[Tensor, "rows s"], b: Float[Tensor, "rows c"], index: Int[Tensor, " rows"], starts: Int[Tensor, " size_and_one"]
-) -> Float[Tensor, "size s c"]:
-    """Σ a ⊗ b over the rows of each index, which are sorted; a few columns of `a` at a time, so that memory stays bounded."""
-    size = len(starts) - 1
-    step = max(1, min(a.shape[1], CHUNK // max(1, b.numel())))
-    return torch.cat([sum_over(part.unsqueeze(2) * b.unsqueeze(1), index, size, starts) for part in a.split(step, dim=1)], dim=1)
-
-
-class Bilinear(nn.Module):
-    """W (B ⊗ m): a linear map of all products of basis and message."""
-
-    def __init__(self, basis: int, message: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(he_orthogonal_(torch.empty(outputs, basis * message)))
-
-    def forward(self, products: Float[Tensor, "rows basis message"]) -> Float[Tensor, "rows outputs"]:
-        return nn.functional.linear(products.flatten(1), self.weight)
-
-
-class Up(nn.Module):
-    """Up projection of what an edge has been told, half of it for the opposite edge: (act(x W₁) + act(x W₂)[opposite]) / √2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.same, self.opposite = (Dense(inputs, outputs, activation=True) for _ in range(2))
-
-    def forward(self, x: Float[Tensor, "edges inputs"], swap: Int[Tensor, " edges"]) -> Float[Tensor, "edges outputs"]:
-        return (self.same(x) + self.opposite(x)[swap]) * 0.5**0.5
+    def on_atoms(self, outgoing: Padded) -> Float[Tensor, "atoms channels in"]:
+        """Matrix times functions on the sphere, summed over the edges c → a of an atom."""
+        matrix = pad(self.matrix, outgoing).transpose(1, 2).flatten(2)
+        return torch.bmm(matrix, self.sphere)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +55,28 @@ class InteractionSizes:
     basis: int
 
 
-class TripletInteraction(nn.Module):
+class Messages(nn.Module):
+    """What edges bring: act((act(x W₁) · f(d)) W₂), x of edges or of their source atoms, without the gain of the last activation."""
+
+    def __init__(self, sizes: InteractionSizes) -> None:
+        super().__init__()
+        self.dense = Dense(sizes.source, sizes.source)
+        self.radial = Dense(sizes.radial, sizes.source)
+        self.scale_radial = Scale(SILU_GAIN)
+        self.down = Dense(sizes.source, sizes.inner)
+
+    def messages(
+        self, x: Float[Tensor, "rows source"], radial: Float[Tensor, "edges radial"], source: Gather | None = None
+    ) -> Float[Tensor, "edges inner"]:
+        """One of each edge; `source` takes x of atoms to edges."""
+        x = self.dense.silu(x)
+        x = x if source is None else source(x)
+        product = x * nn.functional.linear(radial, self.radial.weight * self.scale_radial.value)
+        self.scale_radial.tell(lambda: product, lambda: SILU_GAIN * x)
+        return self.down.silu(product)
+
+
+class TripletInteraction(Messages):
     """Messages by way of triplets b → a ← c: between edges, from atoms to edges, or from edges to atoms (GemNet-OC, eqs. 6, 8, 9).
 
     Args:
@@ -173,58 +85,68 @@ class TripletInteraction(nn.Module):
     """
 
     def __init__(self, sizes: InteractionSizes, *, to_atoms: bool = False) -> None:
-        super().__init__()
-        self.dense = Dense(sizes.source, sizes.source, activation=True)
-        self.radial = Dense(sizes.radial, sizes.source)
-        self.scale_radial = Scale()
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        super().__init__(sizes)
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
-        self.scale_sum = Scale()
+        self.scale_sum = Scale(SILU_GAIN)
         self.up: Up | Dense
-        self.up = Dense(sizes.outer, sizes.target, activation=True) if to_atoms else Up(sizes.outer, sizes.target)
-
-    def products(
-        self, message: Float[Tensor, "rows source"], source: Int[Tensor, " edges"] | None, bases: Bases, index: Triplets
-    ) -> tuple[Float[Tensor, "edges_out basis inner"], Float[Tensor, "triplets inner"]]:
-        """Sum over the triplets of each outgoing edge, and what was summed; `source` says whose message each edge brings."""
-        x = self.dense(message)
-        x = x if source is None else x[source]
-        x = self.down(self.scale_radial(x * self.radial(bases.radial), x))[index.incoming]
-        return bases.matrix @ outer_sum(bases.sphere, x, index.outgoing, index.starts), x
+        self.up = Dense(sizes.outer, sizes.target) if to_atoms else Up(sizes.outer, sizes.target)
 
     def to_edges(
         self,
         message: Float[Tensor, "rows source"],
         bases: Bases,
         index: Triplets,
-        swap: Int[Tensor, " edges_out"],
-        source: Int[Tensor, " edges"] | None = None,
-    ) -> Float[Tensor, "edges_out target"]:
-        """What each outgoing edge is told."""
+        source: Gather | None = None,
+    ) -> tuple[Float[Tensor, "edges_out target"], Float[Tensor, "edges_out target"]]:
+        """What `Up` has for each outgoing edge and its opposite; `source` takes atoms' messages to edges."""
         assert isinstance(self.up, Up)
-        products, x = self.products(message, source, bases, index)
-        return self.up(self.scale_sum(self.bilinear(products), x), swap)
+        x = pad(self.messages(message, bases.radial, source), index.incoming)
+        sums = unpad(torch.bmm(bases.sphere, x).unflatten(1, (index.mask.shape[1], bases.matrix.shape[2])), index.outgoing)
+        told = self.bilinear(torch.bmm(bases.matrix, sums), self.scale_sum.value)
+        self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * index.repeated(x))
+        found: tuple[Tensor, Tensor] = self.up(told)
+        return found
 
     def to_atoms(
-        self, message: Float[Tensor, "edges source"], bases: Bases, index: Triplets, edges: Edges
+        self,
+        message: Float[Tensor, "edges source"],
+        radial: Float[Tensor, "edges radial"],
+        basis: Float[Tensor, "atoms channels in"],
+        index: Triplets,
     ) -> Float[Tensor, "atoms target"]:
-        """What each atom is told; `edges` are the outgoing ones."""
+        """What each atom is told, without the gain; the basis is `Bases.on_atoms`."""
         assert isinstance(self.up, Dense)
-        products, x = self.products(message, None, bases, index)
-        products = sum_over(products, edges.target, len(edges.starts) - 1, edges.starts)
-        found: Tensor = self.up(self.scale_sum(self.bilinear(products), x))
-        return found
+        x = pad(self.messages(message, radial), index.incoming)
+        told = self.bilinear(torch.bmm(basis, x), self.scale_sum.value)
+        self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * index.repeated(x))
+        return self.up.silu(told)
 
 
 @dataclasses.dataclass(frozen=True)
-class QuadrupletBases(Bases):
-    """Also the basis of distance and angle of the middle edge, for each pair (d → b, b → a)."""
+class QuadrupletBases:
+    """What all blocks share of quadruplets d → b → a ← c.
 
-    circular: Float[Tensor, "pairs circular"]
+    Args:
+        radial: basis of the main edges.
+        circular: basis of distance and angle of the middle edge, for each pair (d → b, b → a).
+        dihedral: functions of the dihedral angle of each pair of places of a middle edge, of c and of d; 0 where it is no quadruplet.
+        polar: functions of the angle between b → a and c → a that belong to some of those of the dihedral angle.
+        parts: how many of these each of `polar` belongs to.
+        matrix: of `BasisProjection`, for each edge c → a; its columns are polar and dihedral functions, in the order of `polar`.
+    """
+
+    radial: Float[Tensor, "edges radial"]
+    circular: Float[Tensor, "middles width circular"]
+    dihedral: Float[Tensor, "middles width_functions width"]
+    polar: Sequence[Float[Tensor, "edges _ places"]]
+    parts: Sequence[int]
+    matrix: Float[Tensor, "edges channels spherical"]
 
 
-class QuadrupletInteraction(nn.Module):
+class QuadrupletInteraction(Messages):
     """Messages d → b → a ← c between edges, by way of an edge between other atoms and a dihedral angle (GemNet-OC, eq. 5).
+
+    Functions on the sphere are products of one of the polar and one of the dihedral angle: the sum over d needs only the latter.
 
     Args:
         sizes: of its layers.
@@ -232,26 +154,31 @@ class QuadrupletInteraction(nn.Module):
     """
 
     def __init__(self, sizes: InteractionSizes, circular: int) -> None:
-        super().__init__()
-        self.dense = Dense(sizes.source, sizes.source, activation=True)
-        self.radial = Dense(sizes.radial, sizes.source)
-        self.scale_radial = Scale()
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        super().__init__(sizes)
         self.circular = Dense(circular, sizes.inner)
-        self.scale_circular = Scale()
+        self.scale_circular = Scale(SILU_GAIN)
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
         self.scale_sum = Scale()
         self.up = Up(sizes.outer, sizes.target)
 
     def forward(
-        self, message: Float[Tensor, "edges source"], bases: QuadrupletBases, index: Quadruplets, swap: Int[Tensor, " edges"]
-    ) -> Float[Tensor, "edges target"]:
-        """What each edge is told."""
-        x = self.dense(message)
-        x = self.down(self.scale_radial(x * self.radial(bases.radial), x))[index.inner.incoming]
-        x = self.scale_circular(x * self.circular(bases.circular), x)[index.in_inner]
-        products = bases.matrix @ outer_sum(bases.sphere, x, index.outgoing, index.starts)
-        return self.up(self.scale_sum(self.bilinear(products), x), swap)
+        self, message: Float[Tensor, "edges source"], bases: QuadrupletBases, places: Padded, index: Middles
+    ) -> tuple[Float[Tensor, "edges target"], Float[Tensor, "edges target"]]:
+        """What `Up` has for each edge and its opposite; the places are the main edges'."""
+        quads = index.quads
+        x = index.source(pad(self.messages(message, bases.radial), places))
+        y = x * nn.functional.linear(bases.circular, self.circular.weight * self.scale_circular.value)
+        self.scale_circular.tell(lambda: y[quads.inner], lambda: SILU_GAIN * x[quads.inner])
+        # Sum over d; then over b, for each edge c → a.
+        functions, channels = sum(bases.parts), y.shape[2]
+        sums = index.outer(torch.bmm(bases.dihedral, y).view(-1, functions * channels)).view(*quads.rows.shape, functions * channels)
+        parts = zip(bases.polar, sums.split([part * channels for part in bases.parts], dim=2), strict=True)
+        products = [torch.bmm(polar, part).flatten(1) for polar, part in parts]
+        whole = (products[0] if len(products) == 1 else torch.cat(products, dim=1)).unflatten(1, (-1, channels))
+        told = self.bilinear(torch.bmm(bases.matrix, whole), self.scale_sum.value)
+        self.scale_sum.tell(lambda: told, lambda: y.unsqueeze(1).expand(*quads.mask.shape, -1)[quads.mask])
+        found: tuple[Tensor, Tensor] = self.up(told)
+        return found
 
 
 class AtomInteraction(nn.Module):
@@ -263,26 +190,35 @@ class AtomInteraction(nn.Module):
 
     def __init__(self, sizes: InteractionSizes) -> None:
         super().__init__()
-        self.down = Dense(sizes.source, sizes.inner, activation=True)
+        self.down = Dense(sizes.source, sizes.inner)
         self.bilinear = Bilinear(sizes.basis, sizes.inner, sizes.outer)
-        self.scale_sum = Scale()
-        self.up = Dense(sizes.outer, sizes.target, activation=True)
+        self.scale_sum = Scale(SILU_GAIN)
+        self.up = Dense(sizes.outer, sizes.target)
 
-    def forward(self, h: Float[Tensor, "atoms source"], basis: Float[Tensor, "edges basis"], edges: Edges) -> Float[Tensor, "atoms target"]:
-        """What each atom is told."""
-        x = self.down(h)[edges.source]
-        return self.up(self.scale_sum(self.bilinear(outer_sum(basis, x, edges.target, edges.starts)), x))
+    def forward(
+        self, h: Float[Tensor, "atoms source"], basis: Float[Tensor, "atoms basis width"], places: Padded, pairs: Gather
+    ) -> Float[Tensor, "atoms target"]:
+        """What each atom is told, without the gain; the basis is 0 where there is no edge, and `pairs` takes what atoms have to places."""
+        x = pairs(self.down.silu(h)).unflatten(0, places.row.shape)
+        told = self.bilinear(torch.bmm(basis, x), self.scale_sum.value)
+        self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * x[places.valid])
+        return self.up.silu(told)
 
 
 class EdgeEmbedding(nn.Module):
-    """act((h_source, h_target, m) W)."""
+    """act((h_source, h_target, m) W) without the gain; the parts of atoms are computed before they are taken to edges."""
 
     def __init__(self, atom: int, edge: int, outputs: int) -> None:
         super().__init__()
-        self.dense = Dense(2 * atom + edge, outputs, activation=True)
+        self.dense = Dense(2 * atom + edge, outputs)
 
-    def forward(self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], edges: Edges) -> Float[Tensor, "edges outputs"]:
-        return self.dense(torch.cat([h[edges.source], h[edges.target], m], dim=1))
+    def forward(
+        self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], index: GraphIndices
+    ) -> Float[Tensor, "edges outputs"]:
+        linear, atom = nn.functional.linear, h.shape[1]
+        source, target, edge = self.dense.weight.split([atom, atom, m.shape[1]], dim=1)
+        atoms = index.source(linear(h, source)) + index.target(linear(h, target))
+        return nn.functional.silu(torch.addmm(atoms, m, edge.T))
 
 
 class AtomUpdate(nn.Module):
@@ -292,11 +228,13 @@ class AtomUpdate(nn.Module):
         super().__init__()
         self.radial = Dense(radial, edge)
         self.scale_sum = Scale()
-        self.layers = network(edge, atom, residuals)
+        self.layers = Network(edge, atom, residuals)
 
-    def forward(self, m: Float[Tensor, "edges edge"], radial: Float[Tensor, "edges radial"], edges: Edges) -> Float[Tensor, "atoms atom"]:
-        total = sum_over(m * self.radial(radial), edges.target, len(edges.starts) - 1, edges.starts)
-        return self.layers(self.scale_sum(total, m))
+    def forward(self, m: Float[Tensor, "edges edge"], radial: Float[Tensor, "edges radial"], edges: Edges) -> Scaled:
+        weight = self.radial.weight * self.scale_sum.value
+        total = sum_over(m * nn.functional.linear(radial, weight), edges.target, len(edges.starts) - 1, edges.starts)
+        self.scale_sum.tell(lambda: total, lambda: m)
+        return self.layers.scaled(total)
 
 
 class OutputBlock(nn.Module):
@@ -314,56 +252,26 @@ class OutputBlock(nn.Module):
     def __init__(self, atom: int, edge: int, radial: int, residuals: int, after_atom: int, *, direct_forces: bool) -> None:
         super().__init__()
         self.update = AtomUpdate(atom, edge, radial, residuals)
-        self.after_atom = network(atom, atom, after_atom) if after_atom else None
+        self.after_atom = Network(atom, atom, after_atom) if after_atom else None
         self.direct_forces = direct_forces
         if direct_forces:
-            self.edge_layers = network(edge, edge, residuals)
+            self.edge_layers = Network(edge, edge, residuals)
             self.edge_radial = Dense(radial, edge)
-            self.scale_edge = Scale()
+            self.scale_edge = Scale(self.edge_layers.factor)
 
     def forward(
         self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], radial: Float[Tensor, "edges radial"], edges: Edges
     ) -> tuple[Float[Tensor, "atoms atom"], Float[Tensor, "edges edge"] | None]:
         """Features of atoms and of edges."""
-        atoms = self.update(m, radial, edges)
+        atoms: Scaled = self.update(m, radial, edges)
         if self.after_atom is not None:
-            atoms = self.after_atom((atoms + h) * 0.5**0.5)
+            atoms = self.after_atom.scaled(torch.add(h, atoms.values, alpha=atoms.factor), 0.5**0.5)
         if not self.direct_forces:
-            return atoms, None
-        found = self.edge_layers(m)
-        return atoms, self.scale_edge(found * self.edge_radial(radial), found)
-
-
-def embedding(num_elements: int, channels: int) -> nn.Parameter:
-    """Uniform, of variance 1."""
-    return nn.Parameter(torch.empty(num_elements, channels).uniform_(-math.sqrt(3), math.sqrt(3)))
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphIndices:
-    """Edges, and the triplets and quadruplets that they form; None for the interactions that a model does not have.
-
-    Args:
-        main: the symmetrised main graph.
-        edge_to_edge: triplets of main edges.
-        atoms: edges between atoms.
-        atom_edges: edges between the atoms of atom-edge and edge-atom messages.
-        atom_to_edge: triplets of an `atom_edges` edge and a main one.
-        edge_to_atom: triplets of a main edge and an `atom_edges` one.
-        middles: edges in the middle of quadruplets.
-        middle_rows: which edges of their graph they are.
-        quads: quadruplets.
-    """
-
-    main: Symmetric
-    edge_to_edge: Triplets
-    atoms: Edges | None = None
-    atom_edges: Edges | None = None
-    atom_to_edge: Triplets | None = None
-    edge_to_atom: Triplets | None = None
-    middles: Edges | None = None
-    middle_rows: Tensor | None = None
-    quads: Quadruplets | None = None
+            return atoms.full, None
+        found = self.edge_layers.scaled(m)
+        product = found.values * nn.functional.linear(radial, self.edge_radial.weight * self.scale_edge.value)
+        self.scale_edge.tell(lambda: product, lambda: found.full)
+        return atoms.full, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +283,7 @@ class AllBases:
     output: Tensor
     quads: QuadrupletBases | None = None
     atom_to_edge: Bases | None = None
-    edge_to_atom: Bases | None = None
+    edge_to_atom: tuple[Tensor, Tensor] | None = None
     atoms: Tensor | None = None
 
 
@@ -408,7 +316,7 @@ class InteractionBlock(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         atom, edge, radial = sizes.atom, sizes.edge, sizes.radial
-        self.skip = Dense(edge, edge, activation=True)
+        self.skip = Dense(edge, edge)
 
         def interaction(source: int, target: int, inner: int, outer: int, basis: int) -> InteractionSizes:
             return InteractionSizes(source, inner, outer, target, radial, basis)
@@ -423,48 +331,66 @@ class InteractionBlock(nn.Module):
             self.edge_atom = TripletInteraction(interaction(edge, atom, *sizes.triplet, sizes.circular), to_atoms=True)
         if sizes.atom_atom:
             self.atom_atom = AtomInteraction(interaction(atom, atom, *sizes.atom_messages, radial))
-        self.before_skip = nn.Sequential(*(Residual(edge) for _ in range(sizes.before_skip)))
-        self.after_skip = nn.Sequential(*(Residual(edge) for _ in range(sizes.after_skip)))
-        self.atom_layers = nn.Sequential(*(Residual(atom) for _ in range(sizes.atom_layers)))
+        self.before_skip = Network(edge, edge, sizes.before_skip)
+        self.after_skip = Network(edge, edge, sizes.after_skip)
+        self.atom_layers = Network(atom, atom, sizes.atom_layers)
         self.update = AtomUpdate(atom, edge, radial, sizes.update_layers)
         self.concat = EdgeEmbedding(atom, edge, edge)
-        self.concat_layers = nn.Sequential(*(Residual(edge) for _ in range(sizes.concat_layers)))
+        self.concat_layers = Network(edge, edge, sizes.concat_layers)
 
     def forward(
         self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], bases: AllBases, index: GraphIndices
     ) -> tuple[Float[Tensor, "atoms atom"], Float[Tensor, "edges edge"]]:
         """New features of atoms and edges."""
-        edges, swap = index.main.edges, index.main.swap
-        told = [self.skip(m), self.triplet.to_edges(m, bases.edge_to_edge, index.edge_to_edge, swap)]
+        told = self._told(h, m, bases, index)
+        same, opposite = (_total(parts) for parts in zip(*told, strict=True))
+        # Of independent parts, the sum over √n keeps the variance.
+        x = torch.add(self.skip.silu(m), same + index.swap(opposite), alpha=0.5**0.5)
+        skip = self.before_skip.scaled(x, SILU_GAIN * (len(told) + 1) ** -0.5)
+        heard = self._heard(h, m, bases, index)
+        x = torch.add(h, _total(heard), alpha=SILU_GAIN) if heard else h
+        atoms = self.atom_layers.scaled(x, (len(heard) + 1) ** -0.5)
+        m = self.after_skip.scaled(torch.add(m, skip.values, alpha=skip.factor), 0.5**0.5).full
+        update: Scaled = self.update(m, bases.update, index.main.edges)
+        h = torch.add(atoms.values * (0.5**0.5 * atoms.factor), update.values, alpha=0.5**0.5 * update.factor)
+        concat = self.concat_layers.scaled(self.concat(h, m, index), SILU_GAIN)
+        return h, torch.add(m, concat.values, alpha=concat.factor) * 0.5**0.5
+
+    def _told(
+        self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], bases: AllBases, index: GraphIndices
+    ) -> list[tuple[Float[Tensor, "edges edge"], Float[Tensor, "edges edge"]]]:
+        """What edges and their opposites are told by each kind of triplets and quadruplets, without gain and 1/√2."""
+        told = [self.triplet.to_edges(m, bases.edge_to_edge, index.edge_to_edge)]
         if self.quadruplet is not None:
             assert bases.quads is not None
-            assert index.quads is not None
-            told.append(self.quadruplet(m, bases.quads, index.quads, swap))
+            assert index.middles is not None
+            told.append(self.quadruplet(m, bases.quads, index.places, index.middles))
         if self.atom_edge is not None:
             assert bases.atom_to_edge is not None
             assert index.atom_to_edge is not None
             assert index.atom_edges is not None
-            told.append(self.atom_edge.to_edges(h, bases.atom_to_edge, index.atom_to_edge, swap, index.atom_edges.source))
-        atoms = [h]
+            told.append(self.atom_edge.to_edges(h, bases.atom_to_edge, index.atom_to_edge, index.atom_edges.source))
+        return told
+
+    def _heard(
+        self, h: Float[Tensor, "atoms atom"], m: Float[Tensor, "edges edge"], bases: AllBases, index: GraphIndices
+    ) -> list[Float[Tensor, "atoms atom"]]:
+        """What atoms are told by edges and by atoms, without the gain."""
+        heard = []
         if self.edge_atom is not None:
             assert bases.edge_to_atom is not None
             assert index.edge_to_atom is not None
-            assert index.atom_edges is not None
-            atoms.append(self.edge_atom.to_atoms(m, bases.edge_to_atom, index.edge_to_atom, index.atom_edges))
+            heard.append(self.edge_atom.to_atoms(m, *bases.edge_to_atom, index.edge_to_atom))
         if self.atom_atom is not None:
             assert bases.atoms is not None
             assert index.atoms is not None
-            atoms.append(self.atom_atom(h, bases.atoms, index.atoms))
-        x = _mean(told)
-        h = self.atom_layers(_mean(atoms))
-        m = self.after_skip((m + self.before_skip(x)) * 0.5**0.5)
-        h = (h + self.update(m, bases.update, edges)) * 0.5**0.5
-        return h, (m + self.concat_layers(self.concat(h, m, edges))) * 0.5**0.5
+            assert index.pairs is not None
+            heard.append(self.atom_atom(h, bases.atoms, index.atoms.places, index.pairs))
+        return heard
 
 
-def _mean(parts: list[Tensor]) -> Tensor:
-    """The sum over √n, which keeps the variance of independent parts."""
+def _total(parts: Sequence[Tensor]) -> Tensor:
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return total * len(parts) ** -0.5
+    return total

@@ -7,7 +7,7 @@ from torch import Tensor
 from matfound.errors import InputError
 from matfound.models.base import Backbone, Head, NodeFeatures, Statistics
 from matfound.models.gemnet_oc import GemNetFeatures, GemNetOC
-from matfound.models.gemnet_oc_blocks import Dense, network
+from matfound.models.gemnet_oc_layers import Dense, Network
 from matfound.nn.base import required
 from matfound.nn.gradients import sum_over
 from matfound.nn.heads import EnergyTable, Float64Buffers, atom_dataset, force_scale, gradient_outputs
@@ -32,7 +32,7 @@ class GemNetOCEnergy(Head):
 
     def attach(self, backbone: Backbone, datasets: int) -> None:
         gemnet = required(self, backbone, GemNetOC)
-        self.network = network(gemnet.channels, gemnet.sizes.atom, self.layers)
+        self.network = Network(gemnet.channels, gemnet.sizes.atom, self.layers)
         self.last = Dense(gemnet.sizes.atom, datasets)
         self.table = EnergyTable(datasets)
 
@@ -75,7 +75,7 @@ class GemNetOCForces(Head):
                 "the backbone makes no features for direct forces", remedy="direct_forces: true, or forces: true of the energy"
             )
         width = gemnet.sizes.edge
-        self.network = network((gemnet.num_blocks + 1) * width, width, self.layers)
+        self.network = Network((gemnet.num_blocks + 1) * width, width, self.layers)
         self.last = Dense(width, datasets)
         self.table = Float64Buffers(scale=torch.ones(datasets))
 
@@ -92,6 +92,6 @@ class GemNetOCForces(Head):
         edges, dataset = features.edges, atom_dataset(batch)
         out = self.last(self.network(features.edge_features)).gather(1, dataset[edges.target].unsqueeze(1)).double()
         if self.coupled:
-            out = (out + out[features.swap]) / 2
+            out = (out + features.swap(out)) / 2
         forces = sum_over(-out * features.units.double(), edges.target, batch.num_nodes, edges.starts)
         return {"forces": self.table.scale[dataset].unsqueeze(1) * forces}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.models.gemnet_oc import GemNetOC
-from matfound.models.gemnet_oc_blocks import Scale
+from matfound.models.gemnet_oc_layers import Scale
 from matfound.structures.atomic_data import AtomicData
 
 

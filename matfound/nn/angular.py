@@ -10,35 +10,49 @@ from torch import Tensor
 TINY = 1e-18
 
 
-def cosine(a: Float[Tensor, "rows 3"], b: Float[Tensor, "rows 3"]) -> Float[Tensor, " rows"]:
+def cosine(a: Float[Tensor, "*#rows 3"], b: Float[Tensor, "*#rows 3"]) -> Float[Tensor, "*#rows"]:
     """Of the angle between unit vectors."""
-    return (a * b).sum(1).clamp(-1, 1)
+    return (a * b).sum(-1).clamp(-1, 1)
 
 
-def angle(a: Float[Tensor, "rows 3"], b: Float[Tensor, "rows 3"]) -> Float[Tensor, " rows"]:
+def angle(a: Float[Tensor, "*#rows 3"], b: Float[Tensor, "*#rows 3"]) -> Float[Tensor, "*#rows"]:
     """The angle between vectors of any length, 0 to π; π/2 where one has none."""
-    normal = torch.linalg.cross(a, b, dim=1)
-    return torch.atan2((normal * normal).sum(1).clamp(min=TINY).sqrt(), (a * b).sum(1))
+    normal = torch.linalg.cross(a, b, dim=-1)
+    return torch.atan2((normal * normal).sum(-1).clamp(min=TINY).sqrt(), (a * b).sum(-1))
 
 
-def zonal_harmonics(x: Float[Tensor, " rows"], num: int) -> Float[Tensor, "rows num"]:
-    """Y_l0 = √((2l+1)/4π) P_l(x) for l = 0 … num - 1 of the cosine x of the polar angle."""
-    values = [torch.ones_like(x), x][:num]
-    for l in range(1, num - 1):
-        values.append(((2 * l + 1) * x * values[l] - l * values[l - 1]) / (l + 1))
-    return torch.stack([math.sqrt((2 * l + 1) / (4 * math.pi)) * value for l, value in enumerate(values)], dim=1)
+def cosine_of_angle(a: Float[Tensor, "*#rows 3"], b: Float[Tensor, "*#rows 3"]) -> Float[Tensor, "*#rows"]:
+    """The cosine of `angle`: with |a × b|² = |a|² |b|² - (a · b)², (a · b) / √((a · b)² + max(|a × b|², TINY))."""
+    product, squares = (a * b).sum(-1), (a * a).sum(-1) * (b * b).sum(-1)
+    return product * torch.maximum(squares, product * product + TINY).rsqrt()
 
 
-def real_harmonics(x: Float[Tensor, " rows"], azimuth: Float[Tensor, " rows"], num: int) -> Float[Tensor, "rows num_squared"]:
-    """Orthonormal real spherical harmonics without the Condon-Shortley phase, degree by degree from 0 to num - 1.
+def zonal_harmonics(
+    x: Float[Tensor, "*rows"], num: int, dim: int = -1, weight: Float[Tensor, "*rows"] | None = None
+) -> Float[Tensor, "..."]:
+    """Y_l0 = √((2l+1)/4π) P_l(x) for l = 0 … num - 1 of the cosine x of the polar angle.
 
     Args:
-        x: cosine of the polar angle.
-        azimuth: in radians.
+        x: cosines.
         num: of degrees.
+        dim: where the dimension of l is put.
+        weight: all are multiplied by it.
+    """
+    norms = [math.sqrt((2 * l + 1) / (4 * math.pi)) for l in range(num)]
+    zero = norms[0] * (torch.ones_like(x) if weight is None else weight)
+    values = [zero, (math.sqrt(3) * x) * zero][:num]
+    for l in range(1, num - 1):
+        # (l + 1) P_{l+1} = (2l + 1) x P_l - l P_{l-1}
+        first, second = (2 * l + 1) / (l + 1) * norms[l + 1] / norms[l], -l / (l + 1) * norms[l + 1] / norms[l - 1]
+        values.append(torch.addcmul(second * values[l - 1], x, values[l], value=first))
+    return torch.stack(values, dim=dim)
+
+
+def legendre_functions(x: Float[Tensor, "*rows"], num: int) -> list[list[Float[Tensor, "*rows"]]]:
+    """Parts of orthonormal real spherical harmonics that depend on the cosine x of the polar angle, without the Condon-Shortley phase.
 
     Returns:
-        Within a degree in the order m = 0, 1, …, l, -l, …, -1; cosines for m > 0 and sines for m < 0.
+        For each order m = 0 … num - 1 those of the degrees m … num - 1; those of m > 0 times cos mφ and sin mφ are the harmonics.
     """
     sine = (1 - x * x).clamp(min=TINY).sqrt()
     legendre: dict[tuple[int, int], Tensor] = {(0, 0): torch.ones_like(x)}
@@ -47,11 +61,21 @@ def real_harmonics(x: Float[Tensor, " rows"], azimuth: Float[Tensor, " rows"], n
         for m in range(l):
             before = (l + m - 1) * legendre[l - 2, m] if m <= l - 2 else 0.0
             legendre[l, m] = ((2 * l - 1) * x * legendre[l - 1, m] - before) / (l - m)
-    values = []
-    for l in range(num):
-        for m in (*range(l + 1), *range(-l, 0)):
-            k = abs(m)
-            norm = math.sqrt((2 * l + 1) / (4 * math.pi) * math.factorial(l - k) / math.factorial(l + k) * (2 if k else 1))
-            value = norm * legendre[l, k]
-            values.append(value if not k else value * (torch.cos(k * azimuth) if m > 0 else torch.sin(k * azimuth)))
-    return torch.stack(values, dim=1)
+
+    def norm(l: int, m: int) -> float:
+        return math.sqrt((2 * l + 1) / (4 * math.pi) * math.factorial(l - m) / math.factorial(l + m) * (2 if m else 1))
+
+    return [[norm(l, m) * legendre[l, m] for l in range(m, num)] for m in range(num)]
+
+
+def fourier(azimuth: Float[Tensor, "*rows"], num: int) -> list[list[Float[Tensor, "*rows"]]]:
+    """1, and for each order m = 1 … num - 1 cos mφ and sin mφ, φ in radians."""
+    pairs = [[torch.cos(m * azimuth), torch.sin(m * azimuth)] for m in range(1, num)]
+    return [[torch.ones_like(azimuth)], *pairs]
+
+
+def harmonics_order(num: int) -> list[int]:
+    """Where the harmonics that products of `legendre_functions` and `fourier` make (for each order: degrees, then cosine and sine) are
+    found in the order degree by degree from 0 to num - 1, within a degree m = 0, 1, …, l, -l, …, -1, in which -m has the sine.
+    """
+    return [l * l + (m if sign > 0 else 2 * l + 1 - m) for m in range(num) for l in range(m, num) for sign in ((1, -1) if m else (1,))]

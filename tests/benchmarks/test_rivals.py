@@ -1,4 +1,4 @@
-"""Benchmarks with rivals: rows, ratios, verdicts and exit codes, with small models in place of the rivals' code."""
+"""Benchmarks with rivals: rows, ratios, verdicts and exit codes, with small models in place of the rivals' code, or without it."""
 
 import importlib
 import json
@@ -89,3 +89,51 @@ def test_tensor_products_beside_e3nn(repo: Path, tmp_path: Path, monkeypatch: py
         assert len(ours) == (1 if cell["operation"] == "weights" else 2) and all(row["agreement"] < 1e-5 for row in ours)
         assert all(set(module.TASKS) & row.keys() == set(tasks) and row[tasks[0]]["ms"] > 0 for row in ours)
         assert "skipped" in rows["oeq, sorted"]
+
+
+@pytest.fixture
+def gemnet(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/gemnet_oc.py."""
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    return importlib.import_module("gemnet_oc")
+
+
+def test_gemnet_oc_alone(gemnet: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    options = ["--device", "cpu", "--models", "tiny", "--seconds", "0", "--out", str(out)]
+    assert gemnet.main([*options, "--only", "matfound"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["task"] for row in rows] == ["outputs", *gemnet.TASKS]
+    assert rows[0]["counts"]["edges"] > 0 and all(error < 1e-5 * size for error, size in rows[0]["off"].values())
+    assert all(row["ms"] > 0 for row in rows[1:]) and rows[3]["ops"] > 100 and rows[3]["GFLOP"] > 0
+    assert "whole" in capsys.readouterr().out
+
+
+def test_gemnet_oc_must_be_right_and_fast(gemnet: ModuleType) -> None:
+    cell = {"model": "base", "batch": 1}
+    off = {"energy": [1e-5, 1.0], "forces": [1e-5, 1.0]}
+    theirs = [
+        cell | {"code": "fairchem", "task": "outputs", "off": off},
+        *(cell | {"code": "fairchem", "task": task, "ms": 4.0, "GiB": 2.0} for task in ("indices", "infer", "train")),
+    ]
+    good = cell | {"code": "matfound", "task": "outputs", "off": {"energy": [3e-5, 1.0], "forces": [1e-6, 1.0]}}
+    ours = [good, *(cell | {"code": "matfound", "task": task, "ms": 2.0, "GiB": 1.0} for task in ("indices", "infer", "train"))]
+    assert gemnet.judge([*theirs, *ours]) == 1
+    assert [row["good"] for row in ours] == [True, False, True, True]
+    ours[3]["GiB"], ours[1]["ms"] = 3.0, 1.0
+    good["off"]["forces"] = [1e-4, 1.0]
+    assert gemnet.judge([*theirs, *ours]) == 2
+    assert [row["good"] for row in ours] == [False, True, True, False]
+
+
+def test_stand_ins(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    scatter = importlib.import_module("rivals.scatter")
+    values, index = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([0, 2, 2])
+    assert scatter.scatter(values, index, dim=0, reduce="mean").tolist() == [[1.0], [0.0], [3.5]]
+    assert scatter.segment_coo(values[:, 0], index, dim_size=4).tolist() == [1.0, 0.0, 7.0, 0.0]
+    assert scatter.segment_csr(values[:, 0], torch.tensor([0, 1, 1, 3])).tolist() == [1.0, 0.0, 7.0]
+    matrix = scatter.SparseTensor(torch.tensor([2, 0, 2]), torch.tensor([1, 3, 0]), torch.tensor([7, 8, 9]), (3, 4))
+    rows = matrix[torch.tensor([2, 1, 0, 2])]
+    assert [part.tolist() for part in rows.coo()] == [[0, 0, 2, 3, 3], [0, 1, 3, 0, 1], [9, 7, 8, 9, 7]]
+    assert rows.sparse_sizes() == (4, 4)

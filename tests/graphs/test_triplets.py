@@ -7,7 +7,7 @@ import torch
 
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
-from matfound.graphs.triplets import Edges, mixed_triplets, quadruplets, segment_starts, symmetrised, triplets
+from matfound.graphs.triplets import Edges, Padded, image_key, mixed_triplets, quadruplets, shift_key, symmetrised, triplets, widths
 from matfound.structures.ase import from_atoms
 from matfound.structures.atomic_data import collate
 from matfound.testing import random_crystal
@@ -49,53 +49,85 @@ def test_symmetrised(graphs):
         assert original[origin] == ours[edge if sign > 0 else opposite]
 
 
+def places(edges: Edges) -> Padded:
+    return Padded.of(edges, *widths(edges))
+
+
+def pairs(outgoing: Padded, incoming: Padded, mask: torch.Tensor) -> list[tuple[int, int]]:
+    """Incoming and outgoing edge of each triplet."""
+    return sorted((int(incoming.row[a, i]), int(outgoing.row[a, o])) for a, o, i in torch.nonzero(mask).tolist())
+
+
+def test_places(graphs):
+    for edges in graphs:
+        found = Padded.of(edges, widths(edges)[0] + 1)
+        assert torch.equal(found.row.flatten()[found.place], torch.arange(len(edges.source)))
+        assert found.valid.flatten()[found.place].all()
+        assert int(found.valid.sum()) == len(edges.source)
+        assert not found.valid[:, -1].any()
+        alone = found.valid.sum(1) == 0
+        assert torch.equal(edges.target[found.row[~alone]], torch.arange(len(alone))[~alone].unsqueeze(1).expand_as(found.row[~alone]))
+
+
+def test_keys():
+    steps = [-4095, -7, -1, 0, 1, 4095]
+    shifts = torch.tensor(list(itertools.product(steps, repeat=3)))
+    keys = shift_key(shifts)
+    assert len(keys.unique()) == len(shifts)
+    assert torch.equal(keys > 0, torch.tensor([tuple(shift) > (0, 0, 0) for shift in shifts.tolist()]))
+    assert torch.equal(shift_key(shifts + 1), keys + shift_key(torch.ones(1, 3, dtype=torch.int64)))
+    assert (image_key(torch.tensor([2**23]), shifts[:1]) > image_key(torch.tensor([2**23 - 1]), shifts[-1:])).all()
+
+
 def test_triplets(graphs):
     edges, _ = graphs
-    ours, found = rows(edges), triplets(edges)
+    ours, found = rows(edges), places(edges)
     expected = [(i, o) for o, i in itertools.product(range(len(ours)), repeat=2) if i != o and ours[i][1] == ours[o][1]]
-    assert list(zip(found.incoming.tolist(), found.outgoing.tolist(), strict=True)) == expected
-    assert torch.equal(found.starts, segment_starts(found.outgoing, len(ours)))
+    assert pairs(found, found, triplets(found)) == sorted(expected)
 
 
-@pytest.mark.parametrize("chain", [False, True])
-def test_mixed_triplets(graphs, chain):
+def test_mixed_triplets(graphs):
     first, second = graphs
-    a, b, found = rows(first), rows(second), mixed_triplets(first, second, chain=chain)
+    a, b, incoming, outgoing = rows(first), rows(second), places(first), places(second)
     expected = []
     for o, (source, target, shift) in enumerate(b):
-        for i, (s, t, step) in enumerate(a):
-            if chain:
-                same = (s, plus(step, shift)) == (target, (0, 0, 0))
-                meets = t == source
-            else:
-                same, meets = (s, step) == (source, shift), t == target
-            if meets and not same:
-                expected.append((i, o))
-    assert list(zip(found.incoming.tolist(), found.outgoing.tolist(), strict=True)) == expected
+        expected += [(i, o) for i, (s, t, step) in enumerate(a) if t == target and (s, step) != (source, shift)]
+    assert pairs(outgoing, incoming, mixed_triplets(outgoing, incoming)) == sorted(expected)
 
 
 def test_quadruplets(graphs):
     edges, middle = graphs
-    e, m, found = rows(edges), rows(middle), quadruplets(edges, middle)
-    expected = []
+    e, m, main, middles = rows(edges), rows(middle), places(edges), places(middle)
+    found = quadruplets(edges, main, middle, middles)
+    expected, inner, outer = [], set(), set()
     for (o, (c, a, far)), (q, (b, a2, near)) in itertools.product(enumerate(e), enumerate(m)):
         if a != a2 or (b, near) == (c, far):
             continue
+        outer.add((q, o))
         for i, (d, b2, step) in enumerate(e):
             seen = (d, plus(step, near))
-            if b2 == b and seen != (a, (0, 0, 0)) and seen != (c, far):
-                expected.append((i, q, o))
-    ours = zip(
-        found.inner.incoming[found.in_inner].tolist(), found.inner.outgoing[found.in_inner].tolist(), found.outgoing.tolist(), strict=True
-    )
+            if b2 == b and seen != (a, (0, 0, 0)):
+                inner.add((i, q))
+                if seen != (c, far):
+                    expected.append((i, q, o))
+    ours = [(int(main.row[middle.source[q], d]), q, int(main.row[middle.target[q], c])) for q, c, d in torch.nonzero(found.mask).tolist()]
     assert sorted(ours) == sorted(expected)
     assert len(expected) > 100
-    assert torch.equal(found.inner.outgoing[found.in_inner], found.outer.incoming[found.in_outer])
-    assert torch.equal(found.outer.outgoing[found.in_outer], found.outgoing)
+    # All d, also where no c is left.
+    assert inner <= {(int(main.row[middle.source[q], d]), q) for q, d in torch.nonzero(found.inner).tolist()}
+    assert {(int(middles.row[edges.target[o], b]), o) for o, b in torch.nonzero(found.outer).tolist()} == outer
+    width = main.row.shape[1]
+    middle_of, slot = found.rows[found.outer] // width, found.rows[found.outer] % width
+    edge, place = torch.nonzero(found.outer, as_tuple=True)
+    assert torch.equal(main.row[middle.target[middle_of], slot], edge)
+    assert torch.equal(middles.row[edges.target[edge], place], middle_of)
 
 
 def test_no_edges():
     none = torch.zeros(0, dtype=torch.int64)
-    empty = Edges.of(none, none, torch.zeros(0, 3, dtype=torch.int64), 0)
-    assert not len(triplets(symmetrised(empty).edges).incoming)
-    assert not len(quadruplets(empty, empty).outgoing)
+    for atoms in (0, 2):
+        empty = Edges.of(none, none, torch.zeros(0, 3, dtype=torch.int64), atoms)
+        assert widths(empty, empty) == [0, 0]
+        found = places(symmetrised(empty).edges)
+        assert triplets(found).shape == mixed_triplets(found, found).shape == (atoms, 0, 0)
+        assert quadruplets(empty, found, empty, found).mask.shape == (0, 0, 0)

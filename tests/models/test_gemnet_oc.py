@@ -23,8 +23,8 @@ from matfound.models.base import Head, Potential, Statistics
 from matfound.models.convert import fairchem
 from matfound.models.convert.gemnet_oc import load_factors
 from matfound.models.gemnet_oc import GemNetOC
-from matfound.models.gemnet_oc_blocks import Scale, outer_sum
 from matfound.models.gemnet_oc_heads import GemNetOCEnergy, GemNetOCForces
+from matfound.models.gemnet_oc_layers import Scale
 from matfound.structures.atomic_data import collate
 from matfound.testing import check_gradients, check_model, check_symmetry, evaluate, prepare, random_crystal
 
@@ -104,8 +104,7 @@ def test_graphs_that_are_not_needed_are_not_made():
 
 def quads(potential: Potential, structures: list[ase.Atoms]) -> int:
     batch = collate([prepare(potential, atoms) for atoms in structures])
-    found = potential.backbone.indices(batch).quads
-    return len(found.outgoing)
+    return int(potential.backbone.indices(batch).middles.quads.mask.sum())
 
 
 def test_tags():
@@ -233,16 +232,6 @@ def test_older_layout(shared_data, caplog):
     assert "has no value for 28 scale factors" in caplog.text
     with pytest.raises(InputError, match="scale_basis"):
         fairchem.convert({"config": {"model": {"name": "gemnet_oc", **described["config"], "scale_basis": True}}, "state_dict": state})
-
-
-def test_outer_sum():
-    a, b = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([0, 0, 2, 2, 2, 3])
-    starts = torch.tensor([0, 2, 2, 5, 6, 6])
-    expected = torch.stack([(a[index == i].T @ b[index == i]) for i in range(5)])
-    torch.testing.assert_close(outer_sum(a, b, index, starts), expected)
-    assert torch.autograd.gradcheck(lambda a, b: outer_sum(a, b, index, starts), (a, b))
-    assert torch.autograd.gradgradcheck(lambda a, b: outer_sum(a, b, index, starts), (a, b))
 
 
 @pytest.mark.skipif("MATFOUND_WEIGHTS" not in os.environ, reason="MATFOUND_WEIGHTS does not name a folder of published files")

@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy.special import eval_legendre
 
-from matfound.nn.angular import angle, cosine, real_harmonics, zonal_harmonics
+from matfound.nn.angular import angle, cosine, cosine_of_angle, fourier, harmonics_order, legendre_functions, zonal_harmonics
+
+
+def real_harmonics(x: torch.Tensor, azimuth: torch.Tensor, num: int) -> torch.Tensor:
+    """Degree by degree, within a degree m = 0, 1, …, l, -l, …, -1."""
+    functions, waves = legendre_functions(x, num), fourier(azimuth, num)
+    products = [p * wave for order, pair in zip(functions, waves, strict=True) for p in order for wave in pair]
+    return torch.stack(products, dim=-1)[..., torch.tensor(harmonics_order(num)).argsort()]
 
 
 def test_zonal_harmonics_are_legendre_polynomials():
@@ -13,6 +20,9 @@ def test_zonal_harmonics_are_legendre_polynomials():
     expected = np.stack([np.sqrt((2 * l + 1) / (4 * np.pi)) * eval_legendre(l, x.numpy()) for l in range(7)], axis=1)
     np.testing.assert_allclose(zonal_harmonics(x, 7).numpy(), expected, atol=1e-14)
     assert zonal_harmonics(x, 1).shape == (7, 1)
+    weight = torch.arange(7.0, dtype=torch.float64)
+    weighted = zonal_harmonics(x.view(7, 1), 5, 1, weight.view(7, 1)).squeeze(2)
+    torch.testing.assert_close(weighted, weight.unsqueeze(1) * zonal_harmonics(x, 5))
 
 
 def test_real_harmonics_are_orthonormal():
@@ -38,6 +48,8 @@ def test_angles():
     expected = torch.tensor([np.pi / 2, np.pi, np.pi / 4, np.pi / 2], dtype=torch.float64)
     torch.testing.assert_close(angle(a, b), expected, atol=1e-8, rtol=0)
     torch.testing.assert_close(cosine(a, a), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(cosine_of_angle(a, b), angle(a, b).cos(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(cosine_of_angle(1e-6 * a, 1e-5 * b), angle(1e-6 * a, 1e-5 * b).cos(), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -47,9 +59,12 @@ def test_derivatives_are_finite(parallel):
     if parallel:
         b = -2 * a
     a.requires_grad_()
-    (first,) = torch.autograd.grad(real_harmonics(cosine(a, b), angle(a, b), 3).sum(), a, create_graph=True)
+    total = real_harmonics(cosine(a, b), angle(a, b), 3).sum() + cosine_of_angle(a, b).sum()
+    (first,) = torch.autograd.grad(total, a, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), a)
     assert torch.isfinite(first).all()
     assert torch.isfinite(second).all()
     if not parallel:
         assert torch.autograd.gradgradcheck(lambda a: real_harmonics(torch.tanh(cosine(a, b)), angle(a, b), 3), a)
+        assert torch.autograd.gradgradcheck(lambda a: cosine_of_angle(a, b), a)
+        assert torch.autograd.gradgradcheck(lambda a: zonal_harmonics(torch.tanh(cosine(a, b)), 4), a)

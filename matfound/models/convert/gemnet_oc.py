@@ -11,8 +11,8 @@ from matfound.errors import InputError, nearest
 from matfound.models.base import Head
 from matfound.models.convert.tensors import Tensors
 from matfound.models.gemnet_oc import GemNetOC
-from matfound.models.gemnet_oc_blocks import Scale
 from matfound.models.gemnet_oc_heads import GemNetOCEnergy, GemNetOCForces
+from matfound.models.gemnet_oc_layers import Scale
 
 log = logging.getLogger(__name__)
 
