@@ -29,7 +29,7 @@ def named(recipe: Path) -> list[Path]:
     return [REPO / name for name in re.findall(r"--config (recipes/overlays/\w+\.yaml)", recipe.read_text(encoding="utf-8"))]
 
 
-#: Each recipe by itself, or those of IS2RE with the overlays that they share with S2EF; each other overlay on top of the recipe that it names.
+#: Each recipe by itself, or those of IS2RE with the overlays that they share with S2EF; each other overlay on top of the recipe in its text.
 CHOICES = [(recipe, *(named(recipe) if recipe.stem.endswith("is2re") else ())) for recipe in RECIPES]
 CHOICES += [(example(overlay), overlay) for overlay in OVERLAYS if not any(overlay in files for files in CHOICES)]
 
@@ -87,18 +87,17 @@ def test_oc20_recipes_have_the_published_sizes(model: str, card: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "file"),
-    [("gemnet_oc_oc20_s2ef", "s2ef_ref.lmdb"), ("painn_oc20_is2re", "is2re_ref.lmdb")],
+    ("model", "task", "index"),
+    [("gemnet_oc", "s2ef", "::4"), ("painn", "is2re", ":")],
 )
-def test_oc20_recipes_run(recipe: str, file: str, tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two structures, with scale factors, and a plateau that is looked for without a validation set."""
-    small = recipe.replace("_s2ef", "").replace("_is2re", "").removesuffix("_oc20") + "_small"
+def test_oc20_recipes_run(model: str, task: str, index: str, tmp_path: Path, shared_data: Path) -> None:
+    """One structure to train on and one to validate, with scale factors and a plateau."""
+    recipe, small = f"{model}_oc20_{task}", f"{model}_small"
     files = [REPO / f"recipes/{name}.yaml" for name in (recipe, "overlays/smoke", f"overlays/{small}")]
     configs = [argument for path in files for argument in ("--config", str(path))]
-    data = [f"--data.datasets.oc20.path={shared_data}/data/oc20/{file}", "--data.datasets.oc20.index=::4"]
+    data = [f"--data.datasets.oc20.path={shared_data}/data/oc20/{task}_ref.lmdb", f"--data.datasets.oc20.index={index}"]
     assert main(["fit", *configs, *data, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]) == 0
     assert (tmp_path / "model/config.json").is_file()
-    assert "loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
