@@ -29,7 +29,7 @@ def named(recipe: Path) -> list[Path]:
     return [REPO / name for name in re.findall(r"--config (recipes/overlays/\w+\.yaml)", recipe.read_text(encoding="utf-8"))]
 
 
-#: Each recipe by itself, or those of IS2RE with the overlays that they share with S2EF; each other overlay on top of the recipe in its text.
+#: Each recipe by itself, or those of IS2RE with the overlays that they share with S2EF; each other overlay on top of its recipe.
 CHOICES = [(recipe, *(named(recipe) if recipe.stem.endswith("is2re") else ())) for recipe in RECIPES]
 CHOICES += [(example(overlay), overlay) for overlay in OVERLAYS if not any(overlay in files for files in CHOICES)]
 
