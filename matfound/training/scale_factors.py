@@ -37,7 +37,8 @@ class ScaleFactors(Callback):
         """Fit; before the module's own `setup`, after which averages of the weights begin."""
         if stage != "fit" or not self.batches:
             return
-        backbone: Any = pl_module.potential.backbone
+        potential: Any = pl_module.potential
+        backbone = potential.backbone
         fits: dict[type, Any] = {GemNetOC: gemnet_oc_scales.fit_factors, PaiNN: painn.fit_factors}
         if type(backbone) not in fits:
             raise InputError(f"{type(backbone).__name__} has no scale factors", remedy="leave scale_factors out of the recipe")
