@@ -1,6 +1,7 @@
 """Learning-rate schedules."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from matfound.errors import InputError
 
 
-class _WholeRun(LRScheduler):
+class _WholeRun(LRScheduler, ABC):
     """A schedule by the step as a share of the whole run, stepped after every optimizer step.
 
     Args:
@@ -41,9 +42,9 @@ class _WholeRun(LRScheduler):
             group["lr"] = rate
         self._last_lr = self.get_lr()
 
+    @abstractmethod
     def factor(self, step: int) -> float:
         """Learning rate at a step, as a fraction of the peak."""
-        raise NotImplementedError
 
     def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the present step."""
