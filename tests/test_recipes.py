@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from matfound import catalog
 from matfound.cli.main import main
+from matfound.models.base import Potential, build
 
 REPO = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
@@ -21,8 +24,14 @@ def example(overlay: Path) -> Path:
     return REPO / "recipes" / found[1]
 
 
-#: Each recipe by itself, each overlay on top of the recipe that it names.
-CHOICES = [(recipe,) for recipe in RECIPES] + [(example(overlay), overlay) for overlay in OVERLAYS]
+def named(recipe: Path) -> list[Path]:
+    """The overlays that a recipe's text puts on top of it, in that order."""
+    return [REPO / name for name in re.findall(r"--config (recipes/overlays/\w+\.yaml)", recipe.read_text(encoding="utf-8"))]
+
+
+#: Each recipe by itself, or those of IS2RE with the overlays that they share with S2EF; each other overlay on top of its recipe.
+CHOICES = [(recipe, *(named(recipe) if recipe.stem.endswith("is2re") else ())) for recipe in RECIPES]
+CHOICES += [(example(overlay), overlay) for overlay in OVERLAYS if not any(overlay in files for files in CHOICES)]
 
 
 def parsed(capsys: pytest.CaptureFixture[str], *configs: Path) -> dict[str, Any]:
@@ -41,7 +50,7 @@ def within(small: Any, large: Any) -> bool:
     return small == large
 
 
-@pytest.mark.parametrize("files", CHOICES, ids=lambda files: files[-1].stem)
+@pytest.mark.parametrize("files", CHOICES, ids=lambda files: "+".join(file.stem for file in files))
 def test_parses(files: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load(files[-1].read_text(encoding="utf-8"))
     assert within(content, parsed(capsys, *files))
@@ -56,6 +65,39 @@ def test_conventions(recipe: Path) -> None:
     assert set(content["data"]["datasets"]) <= set(vocabulary)
     assert content["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
     assert f"matfound fit --config recipes/{recipe.name}" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "card"),
+    [
+        ("gemnet_oc", "gemnet_oc/base"),
+        ("schnet", "schnet-oc20"),
+        ("dimenetplusplus", "dimenetplusplus-oc20"),
+        ("painn", "painn-oc20"),
+        ("cgcnn", "cgcnn-oc20"),
+    ],
+)
+def test_oc20_recipes_have_the_published_sizes(model: str, card: str) -> None:
+    content = yaml.safe_load((REPO / f"recipes/{model}_oc20_s2ef.yaml").read_text(encoding="utf-8"))
+    arguments = content["model"]["potential"]["init_args"]
+    with torch.device("meta"):
+        heads = {name: build({"init_args": {}} | head) for name, head in arguments["heads"].items()}
+        potential = Potential(build(arguments["backbone"]), heads, arguments["datasets"])
+    assert sum(parameter.numel() for parameter in potential.parameters()) == catalog.model(card).parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "index"),
+    [("gemnet_oc", "s2ef", "::4"), ("painn", "is2re", ":")],
+)
+def test_oc20_recipes_run(model: str, task: str, index: str, tmp_path: Path, shared_data: Path) -> None:
+    """One structure to train on and one to validate, with scale factors and a plateau."""
+    recipe, small = f"{model}_oc20_{task}", f"{model}_small"
+    files = [REPO / f"recipes/{name}.yaml" for name in (recipe, "overlays/smoke", f"overlays/{small}")]
+    configs = [argument for path in files for argument in ("--config", str(path))]
+    data = [f"--data.datasets.oc20.path={shared_data}/data/oc20/{task}_ref.lmdb", f"--data.datasets.oc20.index={index}"]
+    assert main(["fit", *configs, *data, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert (tmp_path / "model/config.json").is_file()
 
 
 @pytest.mark.parametrize(

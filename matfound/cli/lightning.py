@@ -33,6 +33,7 @@ from matfound.training import ranks
 from matfound.training.callbacks import RunReport
 from matfound.training.progress import RunProgress
 from matfound.training.resume import ResumePoint, resume_file
+from matfound.training.scale_factors import ScaleFactors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 #: Top-level keys of a recipe, and the class whose arguments each holds.
 SECTIONS: dict[str, Any] = {
     "seed_everything": None, "trainer": Trainer, "model": MultiTask, "data": AtomicDataModule, "checkpoint": ResumePoint,
-    "report": RunReport, "threads": None, "ckpt_path": None, "weights_only": None, "verbose": None,
+    "report": RunReport, "scale_factors": ScaleFactors, "threads": None, "ckpt_path": None, "weights_only": None, "verbose": None,
 }  # fmt: skip
 
 #: Remarks of other packages that a user can do nothing about.
@@ -123,6 +124,7 @@ class CLI(LightningCLI):
         """What a run keeps."""
         parser.add_lightning_class_args(ResumePoint, "checkpoint")
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(ScaleFactors, "scale_factors")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch (default: torch's own choice)")
 
     def _parse_ckpt_path(self) -> None:

@@ -20,7 +20,9 @@ from matfound.errors import InputError
 from matfound.structures.keys import KeyMap
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+    """A line of an archive's text file: what belongs to one frame; the reference energy in eV."""
+
     sid: str
     fid: str
     reference: float
@@ -40,7 +42,7 @@ class ArchiveSource(Source):
     def __init__(self, structures: Path, references: Path, keys: KeyMap | None, total_energy: bool) -> None:
         self.file, self._references = str(structures), str(references)
         self._keys, self._total_energy = keys, total_energy
-        self._lines = _read_lines(references)
+        self._lines = read_lines(references)
         self.size = len(self._lines)
         self._structures: StreamSource | None = None
         self._frames: list[Frame | InputError] | None = None
@@ -86,7 +88,12 @@ class ArchiveSource(Source):
         self._frames = None
 
 
-def _read_lines(path: Path) -> list[_Line]:
+def read_lines(path: Path) -> list[Line]:
+    """The lines of an archive's text file.
+
+    Raises:
+        InputError: it cannot be read, is empty, or has a line that is something else.
+    """
     lines = []
     try:
         with open_text(path) as stream:
@@ -102,10 +109,10 @@ def _read_lines(path: Path) -> list[_Line]:
     return lines
 
 
-def _parse(text: str, path: Path, number: int) -> _Line:
+def _parse(text: str, path: Path, number: int) -> Line:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 3 and parts[0] and parts[1] and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", parts[2]):
-        return _Line(parts[0], parts[1], float(parts[2]))
+        return Line(parts[0], parts[1], float(parts[2]))
     raise InputError(f"line {number} is {text[:60]!r}, expected 'randomSID,frameFID,energy'", remedy="fetch the file again", file=path)
 
 

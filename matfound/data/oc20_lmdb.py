@@ -6,6 +6,7 @@ They are read by the restricted unpickler: a row cannot run code, and torch-geom
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from matfound import catalog, unpickle
 from matfound.data.dataset import Frame, SlicedSource, SourceDataset, as_key_map, to_frame
 from matfound.data.files import as_slice
 from matfound.data.lmdb_files import REMEDY, LmdbSource, add_counts, files_of
+from matfound.data.oc20 import read_lines
 from matfound.errors import InputError, nearest
 from matfound.fields import FIELDS
 from matfound.structures.ase import Parts
+from matfound.structures.keys import KeyMap
 
 #: Field to the names that rows have it under, the newest first. IS2RE: the energy is that of the initial structure, which is the one here.
 LABELS = {
@@ -38,7 +41,16 @@ _NATOMS = re.compile(
 
 
 class OC20LmdbSource(LmdbSource):
-    """One file: rows under the keys "0", "1", …, and how many there are under "length", which older files lack."""
+    """One file: rows under the keys "0", "1", …, and how many there are under "length", which older files lack.
+
+    Args:
+        file, keys: as for `LmdbSource`.
+        added: what is added to the energies of each system, by sid; None for nothing.
+    """
+
+    def __init__(self, file: str, keys: KeyMap | None, added: Mapping[str, float] | None = None) -> None:
+        super().__init__(file, keys)
+        self._added = added
 
     def _count(self) -> int:
         database = self.database()
@@ -63,9 +75,19 @@ class OC20LmdbSource(LmdbSource):
             values = unpickle.load(row)
             if not isinstance(values, dict):
                 raise InputError(f"a row holds a {type(values).__name__}, expected a torch-geometric Data", remedy=REMEDY)
-            return self._frame({str(name): _array(value) for name, value in values.items()}, i)
+            return self._frame(self._with_references({str(name): _array(value) for name, value in values.items()}), i)
         except InputError as error:
             raise error.at(self.file, i) from error
+
+    def _with_references(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The row with its energies on the other zero."""
+        if self._added is None:
+            return values
+        names = [name for field in ("energy", "relaxed_energy") for name in LABELS[field] if values.get(name) is not None]
+        sid = _sid(_required_key(values, "sid")) if names else ""
+        if names and sid not in self._added:
+            raise InputError(f"the system '{sid}' has no reference energy", remedy="give the references of these systems")
+        return values | {name: _number(values[name], name) + self._added[sid] for name in names}
 
     def _frame(self, values: dict[str, Any], i: int) -> Frame:
         numbers = _whole(_required(values, "atomic_numbers"), "atomic_numbers")
@@ -98,7 +120,7 @@ class OC20LmdbSource(LmdbSource):
                 raise InputError(problem, remedy=nearest(source.key, values))
         frame = to_frame(parts, self._keys, self.file, i, label=self._label)
         if frame.info.get("sid") is not None:
-            names = [str(frame.info["sid"]).removeprefix("random")]
+            names = [_sid(frame.info["sid"])]
             if frame.info.get("fid") is not None:
                 names.append(str(frame.info["fid"]).removeprefix("frame"))
             frame.data.id = "_".join(names)
@@ -127,6 +149,34 @@ class OC20LmdbSource(LmdbSource):
 
 def _array(value: Any) -> Any:
     return value.detach().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _sid(value: Any) -> str:
+    """A system as the leaderboard writes it."""
+    return str(value.item() if isinstance(value, np.ndarray) and value.size == 1 else value).removeprefix("random")
+
+
+def _references(path: Path) -> dict[str, float]:
+    """Reference energies (eV) by sid.
+
+    Raises:
+        InputError: no such file, or it holds something else.
+    """
+    if path.suffix != ".pkl":
+        return {_sid(line.sid): line.reference for line in read_lines(path)}
+    content = unpickle.load(path)
+    if not isinstance(content, dict) or not content:
+        raise InputError("expected a dictionary from sid to reference energy", remedy="upstream's is called oc20_ref.pkl", file=path)
+    try:
+        return {_sid(sid): _number(value, str(sid)) for sid, value in content.items()}
+    except InputError as error:
+        raise error.at(path) from None
+
+
+def _required_key(values: dict[str, Any], name: str) -> Any:
+    if values.get(name) is None:
+        raise InputError(f"the row has no '{name}', by which references are found", remedy="leave references out")
+    return values[name]
 
 
 def _required(values: dict[str, Any], name: str) -> np.ndarray:
@@ -173,10 +223,14 @@ class OC20Lmdb(SourceDataset):
         keys: as for `FileDataset`; names are the rows' own: `{energy: y_relaxed}`.
         allow_missing: as for `FileDataset`.
         index: as for `FileDataset`.
+        references: file with the reference energy of each system: a pickled dictionary by sid (upstream's oc20_ref.pkl), or the text file
+            of an archive. Total energy = adsorption energy + reference.
+        total_energy: with `references`: true makes total energies of the adsorption energies that the files have, false adsorption
+            energies of total ones.
 
     Raises:
         InputError: nothing there, a file is cut off or damaged, or metadata.npz is not this folder's; and when a row is read: it asks for
-            something that could run code, is damaged, or is no structure. File and row are named.
+            something that could run code, is damaged, is no structure, or is a system without a reference. File and row are named.
     """
 
     def __init__(
@@ -186,16 +240,24 @@ class OC20Lmdb(SourceDataset):
         keys: Mapping[str, Any] | None = None,
         allow_missing: bool = False,
         index: str | None = None,
+        references: str | os.PathLike[str] | None = None,
+        total_energy: bool = True,
     ) -> None:
         mapped = as_key_map(keys)
+        added = None
+        if references is not None:
+            sign = 1 if total_energy else -1
+            added = {sid: sign * value for sid, value in _references(catalog.resolve(references)).items()}
         sources: list[OC20LmdbSource] = []
         for entry in [path] if isinstance(path, str | os.PathLike) else path:
             resolved = catalog.resolve(entry)
-            found = [OC20LmdbSource(str(file), mapped) for file in files_of(resolved, ".lmdb")]
+            found = [OC20LmdbSource(str(file), mapped, added) for file in files_of(resolved, ".lmdb")]
             add_counts(found, resolved, ".lmdb")
             sources += found
         wanted = as_slice(index)
         super().__init__(sources if index is None else [SlicedSource(source, wanted) for source in sources], name, mapped, allow_missing)
         self.note = (
             "energies as the file has them: adsorption energies where it was made with the references subtracted, else total DFT energies"
+            if added is None
+            else f"{'total DFT' if total_energy else 'adsorption'} energies, with the references of {references}"
         )

@@ -4,10 +4,13 @@ Schütt, Unke, Gastegger, "Equivariant message passing for the prediction of ten
 arXiv:2102.03150, in the form that OC20's baseline has: layer norm, scaled SiLU, and factors that keep variances.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, Head, NodeFeatures, Statistics
@@ -116,20 +119,24 @@ class PaiNN(Backbone):
         self.basis = GaussianBasis(cutoff, num_basis, width=1.0)
         self.messages = nn.ModuleList([Message(channels, num_basis) for _ in range(num_layers)])
         self.updates = nn.ModuleList([Update(channels) for _ in range(num_layers)])
-        #: A factor behind each block, fitted once before the training; part of published files, not trained.
+        #: A factor behind each block, fitted once before the training (`fit_factors`); part of published files, not trained.
         self.scales = nn.ParameterList([nn.Parameter(torch.ones(()), requires_grad=False) for _ in range(num_layers)])
 
-    def forward(self, batch: AtomicData) -> NodeFeatures:
-        """Features of every atom; the batch carries the graph "main"."""
+    def forward(self, batch: AtomicData, num_layers: int | None = None) -> NodeFeatures:
+        """Features of every atom, after the first `num_layers` blocks; the batch carries the graph "main"."""
         vectors = leaf_vectors(batch) if self.differentiated else leaf_vectors(batch).detach()
         edges, used = batch.edge_index, vectors
         if self.symmetrize:
             edges, used = symmetrized(batch.edge_index, batch.edge_shift, vectors)
-        x, vec = self.features(batch.numbers, used, edges)
+        x, vec = self.features(batch.numbers, used, edges, num_layers)
         return NodeFeatures(x, vectors={MAIN_GRAPH: vectors}, equivariant=vec.flatten(1), irreps=self.irreps)
 
     def features(
-        self, numbers: Int[Tensor, " atoms"], vectors: Float[Tensor, "edges 3"], edge_index: Int[Tensor, "2 edges"]
+        self,
+        numbers: Int[Tensor, " atoms"],
+        vectors: Float[Tensor, "edges 3"],
+        edge_index: Int[Tensor, "2 edges"],
+        num_layers: int | None = None,
     ) -> tuple[Float[Tensor, "atoms channels"], Float[Tensor, "atoms 3 channels"]]:
         """The network on bare tensors: vectors in Å, float64."""
         source, target = edge_index
@@ -138,12 +145,40 @@ class PaiNN(Backbone):
         v = vectors.to(x.dtype)
         r = torch.linalg.vector_norm(v, dim=1)
         basis, directions = self.envelope(r).unsqueeze(1) * self.basis(r), v / r.unsqueeze(1)
-        for message, update, scale in zip(self.messages, self.updates, self.scales, strict=True):
+        for message, update, scale in list(zip(self.messages, self.updates, self.scales, strict=True))[:num_layers]:
             dx, dvec = message(x, vec, source, target, basis, directions)
             x, vec = (x + dx) / 2**0.5, vec + dvec
             dx, dvec = update(x, vec)
             x, vec = (x + dx) * scale, vec + dvec
         return x, vec
+
+
+def fit_factors(backbone: PaiNN, batches: Sequence[AtomicData]) -> list[float]:
+    """Fit the scale factors, in place, block after block, so that the scalars behind each have a variance of 1; needs no labels.
+
+    Factors that are known, i.e. not all 1, stay.
+
+    Args:
+        backbone: a new one, say.
+        batches: structures with the backbone's graph, on its device; 16 batches are usual.
+
+    Returns:
+        The factors.
+
+    Raises:
+        InputError: there are no structures, or all atoms are alike.
+    """
+    if not batches:
+        raise InputError("there are no structures to fit scale factors to")
+    if all(float(scale) == 1 for scale in backbone.scales):
+        with torch.no_grad():
+            for i, scale in enumerate(backbone.scales):
+                found = [backbone(batch, i + 1).scalars for batch in batches]
+                total = sum(float(x.var(dim=0).mean()) * len(x) for x in found if len(x) > 1)
+                if not total > 0:
+                    raise InputError("scale factors cannot be fitted: all atoms are alike", remedy="take more structures")
+                scale.fill_((sum(len(x) for x in found if len(x) > 1) / total) ** 0.5)
+    return [float(scale) for scale in backbone.scales]
 
 
 def symmetrized(

@@ -50,7 +50,8 @@ class MultiTask(LightningModule):
         targets: what to learn; each needs a head.
         optimizer: makes the optimizer from the parameters. Default: AdamW with learning rate 1e-3.
         lr_scheduler: makes the schedule from the optimizer, stepped after every optimizer step; one with a method `set_total_steps`
-            is told how many there will be. `ReduceLROnPlateau` is stepped after every validation, by `val/loss`.
+            is told how many there will be. `ReduceLROnPlateau` is stepped after every validation, by `val/loss`
+            (after every epoch, by `train/loss`, where nothing is validated).
         fit_scales: true fits the model's references, scales and neighbour counts to the training data first; "references", for
             fine-tuning, shifts only the references, to the level of theory of the data (see `matfound.tasks.references`).
         isolated_atoms: for "references": energies of isolated atoms by element, eV, where the data have them.
@@ -321,12 +322,21 @@ class MultiTask(LightningModule):
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau):
-            every = self.trainer.check_val_every_n_epoch or 1
-            plateau = {"scheduler": scheduler, "interval": "epoch", "frequency": every, "monitor": "val/loss"}
-            return {"optimizer": optimizer, "lr_scheduler": plateau}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler} | self._plateau()}
         if hasattr(scheduler, "set_total_steps"):
             scheduler.set_total_steps(self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _plateau(self) -> dict[str, Any]:
+        """When a plateau is looked for, and in what: after every validation, or without one after every epoch, in the training loss."""
+        trainer = self.trainer
+        if not trainer.limit_val_batches or not len(trainer.datamodule.frames("val")):  # type: ignore[attr-defined]
+            return {"interval": "epoch", "frequency": 1, "monitor": "train/loss"}
+        every = trainer.val_check_interval
+        if every == 1.0 or trainer.check_val_every_n_epoch != 1:
+            return {"interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1, "monitor": "val/loss"}
+        frequency = every if isinstance(every, int) else max(1, int(self._batches() * every))
+        return {"interval": "step", "frequency": frequency, "monitor": "val/loss"}
 
     def _groups(self) -> list[Any]:
         """The parameters to train; in two groups where some have no weight decay."""
@@ -352,11 +362,14 @@ class MultiTask(LightningModule):
             if limit is None:
                 raise InputError("the schedule needs to know how long the run is", remedy="set trainer.max_epochs or trainer.max_steps")
             return limit
-        batches = trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
-        share = trainer.limit_train_batches
-        batches = min(batches, share) if isinstance(share, int) else int(batches * share)
-        steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+        steps = -(-self._batches() // trainer.accumulate_grad_batches) * trainer.max_epochs
         return max(1, steps if limit is None else min(steps, limit))
+
+    def _batches(self) -> int:
+        """Training batches of the first epoch."""
+        batches: int = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+        share = self.trainer.limit_train_batches
+        return min(batches, share) if isinstance(share, int) else int(batches * share)
 
 
 def _check(target: Target, potential: Potential) -> None:

@@ -327,3 +327,41 @@ def test_atoms_are_counted_without_reading_rows(folder, monkeypatch, tmp_path):
     assert open_dataset(tmp_path / "p.lmdb", index=":1").natoms(0) == 300
     write(tmp_path / "q.lmdb", [row(0, natoms=None)])
     assert open_dataset(tmp_path / "q.lmdb").natoms(0) == 5, "it is read, then"
+
+
+def test_total_and_adsorption_energies(tmp_path):
+    write(tmp_path / "s2ef.lmdb", [row(i) for i in range(2)])
+    write(tmp_path / "is2re.lmdb", [row(0, energy=None, forces=None, fid=None, y_init=1.0, y_relaxed=torch.tensor([0.5]), sid="random100")])
+    (tmp_path / "oc20_ref.pkl").write_bytes(pickle.dumps({"random100": -300.0, "random101": np.float64(-400.0)}))
+    (tmp_path / "0.txt").write_text("random100,frame0,-300.0\nrandom101,frame10,-400.0\n")
+    stored = energies(OC20Lmdb(tmp_path / "s2ef.lmdb"))
+    for file in ("oc20_ref.pkl", "0.txt"):
+        dataset = OC20Lmdb(tmp_path / "s2ef.lmdb", references=tmp_path / file)
+        assert energies(dataset) == pytest.approx([stored[0] - 300.0, stored[1] - 400.0])
+        assert dataset.note.startswith("total DFT energies")
+    dataset = OC20Lmdb(tmp_path / "s2ef.lmdb", references=tmp_path / "0.txt", total_energy=False)
+    assert energies(dataset) == pytest.approx([stored[0] + 300.0, stored[1] + 400.0])
+    assert dataset.note.startswith("adsorption energies")
+    relaxed = OC20Lmdb(tmp_path / "is2re.lmdb", references=tmp_path / "oc20_ref.pkl").get(0)
+    assert (float(relaxed.energy), float(relaxed.relaxed_energy)) == (-299.0, -299.5)
+    target = OC20Lmdb(tmp_path / "is2re.lmdb", references=tmp_path / "oc20_ref.pkl", keys={"energy": "y_relaxed"}).get(0)
+    assert float(target.energy) == -299.5
+
+
+def test_references_that_do_not_fit(tmp_path):
+    file = tmp_path / "s2ef.lmdb"
+    write(file, [row(0), row(1, sid=None), row(2, sid=None, energy=None, forces=None)])
+    references = tmp_path / "references.pkl"
+    references.write_bytes(pickle.dumps({"random7": 1.0}))
+    dataset = OC20Lmdb(file, references=references)
+    with pytest.raises(InputError, match=r"s2ef.lmdb: frame 0: the system '100' has no reference energy"):
+        dataset.get(0)
+    with pytest.raises(InputError, match="frame 1: the row has no 'sid'"):
+        dataset.get(1)
+    assert "energy" not in dataset.get(2)  # a test set
+    for content, words in ([1.0], "expected a dictionary"), ({}, "expected a dictionary"), ({"random7": "much"}, "'random7' is 'much'"):
+        references.write_bytes(pickle.dumps(content))
+        with pytest.raises(InputError, match=f"references.pkl: {words}"):
+            OC20Lmdb(file, references=references)
+    with pytest.raises(InputError, match=r"none.pkl"):
+        OC20Lmdb(file, references=tmp_path / "none.pkl")

@@ -246,8 +246,8 @@ def test_bad_targets(targets, message, make):
 class Data:
     """What `MultiTask` asks of a datamodule."""
 
-    def __init__(self, samples=(), batches=10) -> None:
-        self.all, self.batches = samples, batches
+    def __init__(self, samples=(), batches=10, validated=1) -> None:
+        self.all, self.batches, self.validated = samples, batches, validated
 
     def samples(self, part):
         assert part == "train"
@@ -255,6 +255,10 @@ class Data:
 
     def batches_per_epoch(self):
         return self.batches
+
+    def frames(self, part):
+        assert part == "val"
+        return range(self.validated)
 
 
 def attach(module: MultiTask, data: Data, **options: object) -> Trainer:
@@ -380,10 +384,25 @@ def test_other_schedules(make):
     module = make(target("energy"), lr_scheduler=lambda o: StepLR(o, 3))
     attach(module, Data(), max_epochs=1)
     assert isinstance(module.configure_optimizers()["lr_scheduler"]["scheduler"], StepLR)
+
+
+@pytest.mark.parametrize(
+    ("options", "validated", "expected"),
+    [
+        ({"check_val_every_n_epoch": 3}, 1, ("val/loss", "epoch", 3)),
+        ({}, 1, ("val/loss", "epoch", 1)),
+        ({"val_check_interval": 4}, 1, ("val/loss", "step", 4)),
+        ({"val_check_interval": 0.25}, 1, ("val/loss", "step", 2)),
+        ({"val_check_interval": 0.01}, 1, ("val/loss", "step", 1)),
+        ({"val_check_interval": 0.25}, 0, ("train/loss", "epoch", 1)),
+        ({"limit_val_batches": 0}, 1, ("train/loss", "epoch", 1)),
+    ],
+)
+def test_a_plateau_is_looked_for_after_each_validation(make, options, validated, expected):
     module = make(target("energy"), lr_scheduler=ReduceLROnPlateau)
-    attach(module, Data(), max_epochs=9, check_val_every_n_epoch=3)
+    attach(module, Data(validated=validated), max_epochs=9, **options)
     schedule = module.configure_optimizers()["lr_scheduler"]
-    assert (schedule["monitor"], schedule["interval"], schedule["frequency"]) == ("val/loss", "epoch", 3)
+    assert (schedule["monitor"], schedule["interval"], schedule["frequency"]) == expected
 
 
 def test_bad_optimizers(make):

@@ -1,4 +1,4 @@
-"""The schedule against its formula."""
+"""The schedules against their formulas."""
 
 import math
 
@@ -7,10 +7,10 @@ import torch
 from torch.optim import SGD
 
 from matfound.errors import InputError
-from matfound.training.optim import WarmupCosine
+from matfound.training.optim import WarmupCosine, WarmupMultiStep
 
 
-def rates(schedule: WarmupCosine, steps: int) -> list[float]:
+def rates(schedule: WarmupCosine | WarmupMultiStep, steps: int) -> list[float]:
     """The learning rate of each step."""
     found = []
     for _ in range(steps):
@@ -75,3 +75,29 @@ def test_state_is_restored():
 def test_bad_arguments(options):
     with pytest.raises(InputError, match=next(iter(options))):
         make(**options)
+
+
+def multi_step(lr: float = 2.0, **options: object) -> WarmupMultiStep:
+    return WarmupMultiStep(SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr), **options)
+
+
+def test_milestones_by_hand():
+    found = rates(multi_step(lr=2.0, warmup=0.4, milestones=[0.8, 0.6], start=0.2, total_steps=10), 12)
+    assert found == pytest.approx([2 * f for f in [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01]])
+
+
+def test_a_milestone_at_the_end_of_the_warmup():
+    # DimeNet++ on OC20 was trained so.
+    schedule = multi_step(milestones=[0.5], warmup=0.5)
+    schedule.set_total_steps(8)
+    assert rates(schedule, 7) == pytest.approx([2 * f for f in [0.2, 0.4, 0.6, 0.8, 1.0, 0.1, 0.1]])
+
+
+def test_milestones_without_warmup():
+    assert rates(multi_step(milestones=[0.5], warmup=0.0, gamma=0.5, total_steps=4), 4) == [2.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("options", [{"warmup": -0.1}, {"start": 1.5}, {"gamma": 2.0}, {"total_steps": 0}, {"milestones": [0.5, 3.0]}])
+def test_bad_milestones(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        multi_step(**({"milestones": [0.5]} | options))
