@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## train on the embedded data, relax with the result, 
 	$(BIN)/matfound demo --out demo
 
 test: $(VENV)/.installed-weights  ## all tests, with branch coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=85 --durations=40
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check
