@@ -1,16 +1,20 @@
 """Pairs, triples and quadruples of edges that share atoms (GemNet, arXiv:2106.08903; GemNet-OC, arXiv:2204.02782).
 
-The edges that an atom receives lie side by side, padded to the largest number of them (`Padded`). Two edges of one atom are then two
-places, triplets a mask over pairs of places, and sums over triplets are matrix products for each atom: nothing is listed. Everything is
-built for a whole batch at once, on the device of the edges, from edges sorted by target, and has the same order in every run.
+The edges that an atom receives lie side by side: `Padded` to the largest number where `max_neighbors` keeps that small, `Grouped` by their
+number where an atom may have hundreds. Two edges of one atom are then two places, triplets a mask over pairs of places, and sums over
+triplets are matrix products for each atom: nothing is listed. Everything is built for a whole batch at once, on the device of the edges,
+from edges sorted by target, and has the same order in every run.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+#: Largest numbers of edges in groups of targets (`Grouped`).
+GROUPS = (0, *(2**n for n in range(2, 31)))
 #: Lattice shifts are the digits of a number to this base: images of neighbouring atoms are less than 4,096 cells apart.
 BASE = 2**13
 
@@ -89,6 +93,56 @@ class Padded(NamedTuple):
         return cls(row, valid, torch.add(place, edges.target, alpha=width), image_key(edges.source, edges.shift)[row])
 
 
+class Grouped(NamedTuple):
+    """Edges side by side for each target, where targets with about as many of them are a group: fewer than half of the places are empty,
+    however different the numbers of edges are.
+
+    Args:
+        row: the edge in each place, group after group; where there is none, another one of the same target.
+        valid: whether there is one.
+        place: the place of each edge.
+        sizes: targets and places of each of them, for each group.
+        back: where in the groups each target is; None if there is one group.
+    """
+
+    row: Int[Tensor, " places"]
+    valid: Bool[Tensor, " places"]
+    place: Int[Tensor, " edges"]
+    sizes: tuple[tuple[int, int], ...]
+    back: Int[Tensor, " atoms"] | None
+
+    @classmethod
+    def of(cls, edges: Edges, counts: Sequence[int], most: int) -> "Grouped":
+        """Of edges of which no target has more than `most`; `counts` is the `degrees` of the edges."""
+        known = [(count, min(size, most)) for count, size in zip(counts, GROUPS, strict=True) if count] or [(0, 0)]
+        degrees, device = edges.starts.diff(), edges.starts.device
+        order = torch.argsort(degrees, stable=True) if len(known) > 1 else torch.arange(len(degrees), device=device)
+        rows, valid, first, begin, start = [], [], [], 0, 0
+        for count, width in known:
+            atoms = order[begin : begin + count]
+            row = edges.starts.index_select(0, atoms).unsqueeze(1) + torch.arange(width, device=device)
+            end = edges.starts.index_select(0, atoms + 1).unsqueeze(1)
+            valid.append((row < end).flatten())
+            rows.append(torch.minimum(row, end - 1).flatten())
+            first.append(torch.arange(count, device=device) * width + start)
+            begin, start = begin + count, start + count * width
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device)) if len(known) > 1 else None
+        places = torch.cat(first)
+        places = places if back is None else places.index_select(0, back)
+        within = torch.arange(len(edges.target), device=device) - edges.starts.index_select(0, edges.target)
+        place = places.index_select(0, edges.target) + within
+        return cls(torch.cat(rows), torch.cat(valid), place, tuple(known), back)
+
+    def split(self, x: Shaped[Tensor, "places *d"]) -> list[Tensor]:
+        """What is in the places, (atoms, width, …) for each group."""
+        parts = x.split([atoms * width for atoms, width in self.sizes])
+        return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def joined(self, parts: Sequence[Shaped[Tensor, "_ *d"]]) -> Shaped[Tensor, "atoms *d"]:
+        """What targets have, group after group, in their own order."""
+        return parts[0] if self.back is None else torch.cat(list(parts)).index_select(0, self.back)
+
+
 class Quadruplets(NamedTuple):
     """Chains d → b → a ← c: d → b and c → a are edges of the main graph, b → a is one of the middle edges.
 
@@ -141,10 +195,18 @@ def symmetrised(edges: Edges) -> Symmetric:
     return Symmetric(symmetric, torch.cat([kept, kept]).index_select(0, order), sign, swap)
 
 
-def widths(*graphs: Edges) -> list[int]:
-    """The largest number of edges of one target, of each graph. Waits for the device, once."""
-    found: list[int] = torch.stack([edges.most for edges in graphs]).tolist()
-    return found
+def widths(graphs: Iterable[Edges], grouped: Edges | None = None) -> tuple[list[int], list[int]]:
+    """The largest number of edges of one target, of each graph, and the `degrees` of one. Waits for the device, once."""
+    found = torch.stack([edges.most for edges in graphs])
+    numbers: list[int] = (found if grouped is None else torch.cat([found, degrees(grouped)])).tolist()
+    return numbers[: len(found)], numbers[len(found) :]
+
+
+def degrees(edges: Edges) -> Int[Tensor, " groups"]:
+    """How many targets have so many edges, by `GROUPS`."""
+    counts = edges.starts.diff()
+    group = torch.bucketize(counts, torch.tensor(GROUPS, device=counts.device))
+    return torch.zeros(len(GROUPS), dtype=torch.int64, device=counts.device).index_add(0, group, torch.ones_like(counts))
 
 
 def triplets(edges: Padded) -> Bool[Tensor, "atoms out in"]:

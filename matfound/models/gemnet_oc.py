@@ -314,7 +314,8 @@ class GemNetOC(Backbone):
                 edge_atom = (basis.radial, basis.on_atoms(index.edge_to_atom.outgoing))
         if index.atoms is not None:
             places = index.atoms.places
-            atoms = (pad(self.down_atom(radial[ATOMS]), places) * places.valid.unsqueeze(2)).transpose(1, 2)
+            taken = Exchange(places.row, places.place)(self.down_atom(radial[ATOMS])) * places.valid.unsqueeze(1)
+            atoms = [part.transpose(1, 2) for part in places.split(taken)]
         if index.middles is not None:
             quads = self._quadruplet_bases(geometry, unit, on_main, radial[MIDDLES], index, index.middles)
         return AllBases(edge, self.down_update(on_main), self.down_output(on_main), quads, atom_edge, edge_atom, atoms)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matfound.graphs.triplets import Edges, Padded
-from matfound.models.gemnet_oc_indices import GraphIndices, Middles, Triplets
+from matfound.models.gemnet_oc_indices import AtomPairs, GraphIndices, Middles, Triplets
 from matfound.models.gemnet_oc_layers import SILU_GAIN, Bilinear, Dense, Network, Scale, Scaled, Up
 from matfound.nn.gather import Gather, pad, unpad
 from matfound.nn.gradients import sum_over
@@ -196,12 +196,14 @@ class AtomInteraction(nn.Module):
         self.up = Dense(sizes.outer, sizes.target)
 
     def forward(
-        self, h: Float[Tensor, "atoms source"], basis: Float[Tensor, "atoms basis width"], places: Padded, pairs: Gather
+        self, h: Float[Tensor, "atoms source"], bases: Sequence[Float[Tensor, "_ basis _"]], pairs: AtomPairs
     ) -> Float[Tensor, "atoms target"]:
-        """What each atom is told, without the gain; the basis is 0 where there is no edge, and `pairs` takes what atoms have to places."""
-        x = pairs(self.down.silu(h)).unflatten(0, places.row.shape)
-        told = self.bilinear(torch.bmm(basis, x), self.scale_sum.value)
-        self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * x[places.valid])
+        """What each atom is told, without the gain; bases are those of groups, 0 where there is no edge."""
+        x = pairs.source(self.down.silu(h))
+        parts = zip(bases, pairs.places.split(x), strict=True)
+        products = pairs.places.joined([torch.bmm(basis, part) for basis, part in parts])
+        told = self.bilinear(products, self.scale_sum.value)
+        self.scale_sum.tell(lambda: told, lambda: SILU_GAIN * x[pairs.places.valid])
         return self.up.silu(told)
 
 
@@ -284,7 +286,7 @@ class AllBases:
     quads: QuadrupletBases | None = None
     atom_to_edge: Bases | None = None
     edge_to_atom: tuple[Tensor, Tensor] | None = None
-    atoms: Tensor | None = None
+    atoms: Sequence[Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,8 +386,7 @@ class InteractionBlock(nn.Module):
         if self.atom_atom is not None:
             assert bases.atoms is not None
             assert index.atoms is not None
-            assert index.pairs is not None
-            heard.append(self.atom_atom(h, bases.atoms, index.atoms.places, index.pairs))
+            heard.append(self.atom_atom(h, bases.atoms, index.atoms))
         return heard
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from matfound.fields import MAIN_GRAPH, graph_key
 from matfound.graphs.triplets import (
     Edges,
+    Grouped,
     Padded,
     Quadruplets,
     Symmetric,
@@ -68,14 +69,29 @@ class Neighbors:
     places: Padded
     source: Gather
 
-    def in_places(self) -> Gather:
-        """Takes what atoms have to places."""
-        source, place = self.source, self.places.place
+
+@dataclasses.dataclass(frozen=True)
+class AtomPairs:
+    """The graph of messages between atoms, of which an atom may have hundreds.
+
+    Args:
+        edges: sorted by target.
+        places: of them.
+        source: takes what atoms have to places.
+    """
+
+    edges: Edges
+    places: Grouped
+    source: Gather
+
+    @classmethod
+    def of(cls, edges: Edges, places: Grouped, source: Gather) -> "AtomPairs":
+        """With what takes atoms' features to edges."""
 
         def order() -> Tensor:
-            return place if source.order is None else place.index_select(0, source.order)
+            return places.place if source.order is None else places.place.index_select(0, source.order)
 
-        return Gather(source.row[self.places.row].flatten(), source.size, order)
+        return cls(edges, places, Gather(source.row.index_select(0, places.row), source.size, order))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +129,6 @@ class GraphIndices:
         swap: takes what edges have to their opposites.
         edge_to_edge: triplets of main edges.
         atoms: edges between atoms.
-        pairs: takes what atoms have to the places of these.
         atom_edges: edges between the atoms of atom-edge and edge-atom messages.
         atom_to_edge: triplets of an `atom_edges` edge and a main one.
         edge_to_atom: triplets of a main edge and an `atom_edges` one.
@@ -126,8 +141,7 @@ class GraphIndices:
     target: Gather
     swap: Exchange
     edge_to_edge: Triplets
-    atoms: Neighbors | None = None
-    pairs: Gather | None = None
+    atoms: AtomPairs | None = None
     atom_edges: Neighbors | None = None
     atom_to_edge: Triplets | None = None
     edge_to_atom: Triplets | None = None
@@ -152,8 +166,9 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
     if MIDDLES in edges:
         rows = torch.nonzero(_tagged(batch, edges[MIDDLES], tags)).squeeze(1)
         edges[MIDDLES] = edges[MIDDLES].take(rows)
-    most = [-(-width // ROUND) * ROUND for width in widths(*edges.values())]
-    places = {name: Padded.of(found, width) for (name, found), width in zip(edges.items(), most, strict=True)}
+    known, counts = widths(edges.values(), edges.get(ATOMS))
+    most = {name: -(-width // ROUND) * ROUND for name, width in zip(edges, known, strict=True)}
+    places = {name: Padded.of(found, most[name]) for name, found in edges.items() if name != ATOMS}
     on_main = places[MAIN_GRAPH]
     # An edge's opposite has its source as target: swapped, edges are sorted by source.
     source = Gather(main.edges.source, atoms, main.swap, main.edges.starts)
@@ -163,7 +178,10 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
         if name in edges:
             found, by_source = edges[name].source, getattr(batch, graph_key("edge_perm", name), None)
             gather = Gather.of(found, atoms) if by_source is None else Gather(found, atoms, by_source)
-            more[name] = Neighbors(edges[name], places[name], gather)
+            if name == ATOMS:
+                more[name] = AtomPairs.of(edges[name], Grouped.of(edges[name], counts, most[name]), gather)
+            else:
+                more[name] = Neighbors(edges[name], places[name], gather)
     between = places.get(ATOM_EDGES)
     if rows is not None:
         more[MIDDLES] = _middles(main.edges, on_main, edges[MIDDLES], places[MIDDLES], rows)
@@ -175,7 +193,6 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
         Exchange(main.swap, main.swap),
         Triplets(on_main, on_main, triplets(on_main)),
         more.get(ATOMS),
-        more[ATOMS].in_places() if ATOMS in more else None,
         more.get(ATOM_EDGES),
         Triplets(between, on_main, mixed_triplets(on_main, between)) if atom_edge and between is not None else None,
         Triplets(on_main, between, mixed_triplets(between, on_main)) if edge_atom and between is not None else None,

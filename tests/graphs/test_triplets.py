@@ -7,7 +7,18 @@ import torch
 
 from matfound.graphs.neighbors import add_graphs
 from matfound.graphs.spec import GraphSpec
-from matfound.graphs.triplets import Edges, Padded, image_key, mixed_triplets, quadruplets, shift_key, symmetrised, triplets, widths
+from matfound.graphs.triplets import (
+    Edges,
+    Grouped,
+    Padded,
+    image_key,
+    mixed_triplets,
+    quadruplets,
+    shift_key,
+    symmetrised,
+    triplets,
+    widths,
+)
 from matfound.structures.ase import from_atoms
 from matfound.structures.atomic_data import collate
 from matfound.testing import random_crystal
@@ -50,7 +61,7 @@ def test_symmetrised(graphs):
 
 
 def places(edges: Edges) -> Padded:
-    return Padded.of(edges, *widths(edges))
+    return Padded.of(edges, widths([edges])[0][0])
 
 
 def pairs(outgoing: Padded, incoming: Padded, mask: torch.Tensor) -> list[tuple[int, int]]:
@@ -60,13 +71,29 @@ def pairs(outgoing: Padded, incoming: Padded, mask: torch.Tensor) -> list[tuple[
 
 def test_places(graphs):
     for edges in graphs:
-        found = Padded.of(edges, widths(edges)[0] + 1)
+        found = Padded.of(edges, widths([edges])[0][0] + 1)
         assert torch.equal(found.row.flatten()[found.place], torch.arange(len(edges.source)))
         assert found.valid.flatten()[found.place].all()
         assert int(found.valid.sum()) == len(edges.source)
         assert not found.valid[:, -1].any()
         alone = found.valid.sum(1) == 0
         assert torch.equal(edges.target[found.row[~alone]], torch.arange(len(alone))[~alone].unsqueeze(1).expand_as(found.row[~alone]))
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 17, 1, 0, 4, 5, 16], [3, 4, 2], [0, 0], [6], []])
+def test_groups_have_few_empty_places(counts):
+    target = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+    edges = Edges.of(torch.zeros_like(target), target, torch.zeros(len(target), 3), len(counts))
+    (most,), sizes = widths([edges], edges)
+    found = Grouped.of(edges, sizes, most)
+    assert most == max(counts, default=0) and sum(sizes) == len(counts)
+    assert torch.equal(found.row[found.place], torch.arange(len(target)))
+    assert found.valid[found.place].all() and int(found.valid.sum()) == len(target)
+    assert len(found.row) <= sum(max(4, 2 * count) if count else 0 for count in counts)
+    per_target = found.joined([part.sum(1) for part in found.split(found.valid.long())])
+    assert per_target.tolist() == counts
+    sums = found.joined([part.sum(1) for part in found.split(torch.where(found.valid, found.row, 0))])
+    assert sums.tolist() == [sum(range(sum(counts[:n]), sum(counts[: n + 1]))) for n in range(len(counts))]
 
 
 def test_keys():
@@ -127,7 +154,7 @@ def test_no_edges():
     none = torch.zeros(0, dtype=torch.int64)
     for atoms in (0, 2):
         empty = Edges.of(none, none, torch.zeros(0, 3, dtype=torch.int64), atoms)
-        assert widths(empty, empty) == [0, 0]
+        assert widths([empty, empty])[0] == [0, 0]
         found = places(symmetrised(empty).edges)
         assert triplets(found).shape == mixed_triplets(found, found).shape == (atoms, 0, 0)
         assert quadruplets(empty, found, empty, found).mask.shape == (0, 0, 0)
