@@ -28,6 +28,7 @@ import ase
 import numpy as np
 import torch
 from ase.build import add_adsorbate, fcc111, molecule
+from rivals import scatter
 
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Potential
@@ -72,6 +73,7 @@ def ours_and_theirs(model: str, device: torch.device) -> tuple[Potential, Any]:
     torch.manual_seed(0)
     options = {**OPTIONS, **MODELS[model]}
     theirs = None
+    scatter.install()
     try:
         from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
 
