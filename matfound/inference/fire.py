@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from matfound.errors import InputError
-from matfound.inference.replay import Program, Replay, recorded
+from matfound.inference.replay import Program, Replay
 from matfound.structures.atomic_data import volumes
 
 #: ASE's defaults: time step, its largest value, steps before it grows, factors, mixing and its factor, the longest step (Å).
@@ -148,7 +148,7 @@ class ReplayedFIRE:
             program.run()
         steps = self.state[3].clone()
         self.state[3] = torch.inf  # so that calls before the recording change nothing
-        self._run = recorded(lambda: self._follow(program), program.inputs.device)
+        (self._run,) = recorded([lambda: self._follow(program)], program.inputs.device)
         self.state[3] = steps
         self._program = program
 

@@ -7,11 +7,10 @@ atoms have moved, so that the host waits once a step: it searches for pairs when
 are more than there is room for.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from matfound.fields import MAIN_GRAPH
 from matfound.graphs.neighbors import COINCIDENT, add_graphs
 from matfound.graphs.skin import PaddedEdges, search_pairs
 from matfound.models.base import Potential
+from matfound.ops.recording import recorded
 from matfound.structures.atomic_data import AtomicData, collate
 
 log = logging.getLogger(__name__)
@@ -45,41 +45,6 @@ def is_possible(potential: Potential) -> bool:
         and set(potential.graphs) == {MAIN_GRAPH}
         and potential.graphs[MAIN_GRAPH].max_neighbors is None
     )
-
-
-@functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """One for all recordings on a device: libraries keep working memory for every stream that they have ever seen."""
-    return torch.cuda.Stream(device)
-
-
-def recorded(function: Callable[[], None], device: torch.device, *, warm_ups: int = 1) -> Callable[[], None]:
-    """What a function does to tensors on the device, as a CUDA graph; on a CPU the function itself.
-
-    It is called `warm_ups` times first. The present device must be this one.
-
-    Raises:
-        RuntimeError: something cannot be recorded, or the memory does not suffice.
-    """
-    if device.type != "cuda":
-        return function
-    outside, beside, graph = torch.cuda.current_stream(), _stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
-    beside.wait_stream(outside)
-    with torch.cuda.stream(beside):
-        for _ in range(warm_ups):
-            function()
-        torch.cuda.synchronize()
-        # Not `torch.cuda.graph`, which empties torch's cache of memory first: the structures of a run are recorded one after the other.
-        graph.capture_begin()
-        try:
-            function()
-        except BaseException:
-            with suppress(RuntimeError):  # what it would say follows from the error that there is
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    outside.wait_stream(beside)
-    return graph.replay
 
 
 class Program:
@@ -147,7 +112,7 @@ class Program:
         Raises:
             RuntimeError: something cannot be recorded, or the memory does not suffice.
         """
-        self._run = recorded(self.compute, self.inputs.device, warm_ups=warm_ups)
+        (self._run,) = recorded([self.compute], self.inputs.device, warm_ups=warm_ups)
 
     def run(self) -> None:
         """Compute the results; they are not waited for."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from matfound.errors import InputError, nearest
 from matfound.graphs.spec import GraphSpec
-from matfound.models import compiled
+from matfound.models import compiled, recorded
 from matfound.nn.base import Backbone, Configurable, Head, NodeFeatures, Statistics, Symmetry, build
 from matfound.structures.atomic_data import AtomicData, collate
 
@@ -43,7 +43,7 @@ class Potential(Configurable):
         self.datasets = list(datasets)
         self.default_dataset = dict(default_dataset or {})
         self.licence = licence
-        self._compiled: compiled.CompiledForward | None = None
+        self._forward: compiled.CompiledForward | recorded.RecordedForward | None = None
         for kind, name in self.default_dataset.items():
             if kind not in ("periodic", "molecular"):
                 raise InputError(f"default_dataset has the key '{kind}'", remedy="known: molecular, periodic")
@@ -86,7 +86,7 @@ class Potential(Configurable):
         if not batch.is_batch:
             batch = collate([batch])
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.conservative):
-            return self.predict(batch) if self._compiled is None else self._compiled(self, batch)
+            return self.predict(batch) if self._forward is None else self._forward(self, batch)
 
     def predict(self, batch: AtomicData) -> dict[str, Tensor]:
         """As `forward`, of a batch, where gradients are enabled already."""
@@ -113,8 +113,17 @@ class Potential(Configurable):
         if not compiled.is_possible():
             log.warning("matfound: torch %s cannot compile derivatives; the model runs without", torch.__version__)
             return False
-        self._compiled = compiled.CompiledForward(backend)
+        self._forward = compiled.CompiledForward(backend)
         return True
+
+    def record(self) -> None:
+        """From now on, record forward and backward pass of training steps on a GPU as CUDA graphs, which are replayed in further steps:
+        several times faster for small batches.
+
+        Weights, results and what autograd sees stay as they are, but for rounding; second derivatives of the results are not possible.
+        See `matfound.models.recorded`. Where a model cannot be recorded, a warning says so, and it runs as it is.
+        """
+        self._forward = recorded.RecordedForward()
 
     def elements(self, dataset: int) -> set[int]:
         """Atomic numbers that the backbone and every head can judge in a dataset of the vocabulary."""
