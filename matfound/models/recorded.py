@@ -97,7 +97,7 @@ class RecordedForward:
         if self.failed or not potential.training or not is_possible(potential, batch):
             return potential.predict(batch)
         sizes = Sizes.of(batch, list(potential.graphs))
-        if self.program is None or not self.program.serves(potential, batch) or not self.program.sizes.hold(sizes):
+        if self.program is None or not self.program.serves(batch) or not self.program.sizes.hold(sizes):
             self._record(potential, batch, sizes)
         if self.program is None:
             return potential.predict(batch)
@@ -105,7 +105,7 @@ class RecordedForward:
 
     def _record(self, potential: "Potential", batch: AtomicData, sizes: Sizes) -> None:
         before, self.program = self.program, None
-        if before is not None and before.serves(potential, batch):
+        if before is not None and before.serves(batch):
             sizes = before.sizes.joined(sizes.room())
         else:
             sizes = sizes.room()
@@ -113,6 +113,8 @@ class RecordedForward:
         try:
             if self.recorded >= MAX_PROGRAMS:
                 raise RuntimeError(f"it was recorded {MAX_PROGRAMS} times, for batches of ever other kinds")
+            if any(isinstance(module, _BatchNorm) for module in potential.modules()):
+                raise RuntimeError("it normalises by whole batches")
             program = Program(potential, batch, sizes)
             program.load(batch)
             program.record()
@@ -127,12 +129,10 @@ class RecordedForward:
 
 
 def is_possible(potential: "Potential", batch: AtomicData) -> bool:
-    """Whether a step can be recorded: on a GPU, with gradients, edges, though not too many, and no normalisation by the whole batch."""
-    if not _on_gpu(batch) or not torch.is_grad_enabled():
+    """Whether a step can be recorded: on a GPU, with gradients, and edges, though not too many."""
+    if not _on_gpu(batch) or not torch.is_grad_enabled() or any(field.level == "bond" for _, field in _inputs(batch)):
         return False
-    edges = sum(batch[graph_key("edge_index", name)].shape[1] for name in potential.graphs)
-    bonds = any(field.level == "bond" for _, field in _inputs(batch))
-    return 0 < edges <= MAX_EDGES and not bonds and not any(isinstance(module, _BatchNorm) for module in potential.modules())
+    return 0 < sum(batch[graph_key("edge_index", name)].shape[1] for name in potential.graphs) <= MAX_EDGES
 
 
 def _on_gpu(batch: AtomicData) -> bool:
@@ -150,8 +150,9 @@ class Program:
 
     def __init__(self, potential: "Potential", batch: AtomicData, sizes: Sizes) -> None:
         self.potential, self.sizes, self.graphs = potential, sizes, list(potential.graphs)
-        self.parameters = [parameter for parameter in potential.parameters() if parameter.requires_grad]
-        self.kind = self._kind(potential, batch)
+        self.all = list(potential.parameters())
+        self.parameters = [parameter for parameter in self.all if parameter.requires_grad]
+        self.kind = self._kind(batch)
         device = batch.numbers.device
         edges = dict(zip(self.graphs, sizes.edges, strict=True))
         self.batch = AtomicData()
@@ -174,17 +175,16 @@ class Program:
         self.gradients: Sequence[Tensor | None] = ()
         self._run = [self.compute, self.differentiate]
 
-    @staticmethod
-    def _kind(potential: "Potential", batch: AtomicData) -> tuple[Any, ...]:
+    def _kind(self, batch: AtomicData) -> tuple[Any, ...]:
         """What is recorded with the operations: fields and their widths, types, and where the parameters are."""
         device = batch.numbers.device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         fields = tuple((name, batch[name].dtype, batch[name].shape[1 + field.cat_dim :]) for name, field in _inputs(batch))
-        return device, autocast, fields, tuple(p.data_ptr() for p in potential.parameters() if p.requires_grad)
+        return device, autocast, fields, [parameter.data_ptr() * parameter.requires_grad for parameter in self.all]
 
-    def serves(self, potential: "Potential", batch: AtomicData) -> bool:
+    def serves(self, batch: AtomicData) -> bool:
         """Whether this is the model, and batches like this one, that were recorded."""
-        return self.kind == self._kind(potential, batch)
+        return self.kind == self._kind(batch)
 
     def load(self, batch: AtomicData) -> None:
         """Take a batch, and fill up: with an atom in each further structure, and all others in the last one, which has the edges."""

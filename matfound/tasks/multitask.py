@@ -5,6 +5,7 @@ gradients are those of one process with all the structures in one batch.
 """
 
 import fnmatch
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -203,8 +204,13 @@ class MultiTask(LightningModule):
 
     def _learning(self) -> list[Tensor]:
         """The parameters that learn something from the targets."""
+        return [parameter for parameter in self._asked if parameter.requires_grad]
+
+    @functools.cached_property
+    def _asked(self) -> list[Tensor]:
+        """Parameters on which a target depends; listing them takes longer than a small batch."""
         idle = set(self._ddp_params_and_buffers_to_ignore)
-        return [parameter for name, parameter in self.named_parameters() if parameter.requires_grad and name not in idle]
+        return [parameter for name, parameter in self.named_parameters() if name not in idle]
 
     def _totals(self, batch: AtomicData, stage: str) -> dict[str, Total]:
         """Losses of the labels that a batch has, by field.

@@ -43,8 +43,9 @@ class EdgeFrames:
 
     def matrix(self) -> Float[Tensor, "edges 3 3"]:
         """R with R v/|v| = (0, 1, 0); fairchem's `edge_rot_mat`."""
-        half_turn = 2 * self.axis.unsqueeze(2) * self.axis.unsqueeze(1) - torch.eye(3, dtype=self.axis.dtype, device=self.axis.device)
-        about_x = torch.tensor([1.0, -1.0, -1.0], dtype=self.axis.dtype, device=self.axis.device).unsqueeze(1)
+        one = torch.eye(3, dtype=self.axis.dtype, device=self.axis.device)
+        half_turn = 2 * self.axis.unsqueeze(2) * self.axis.unsqueeze(1) - one
+        about_x = (2 * one[0] - 1).unsqueeze(1)
         out = torch.where(self.lower[:, None, None], about_x * half_turn, half_turn)
         return out if self.gauge is None else _about_y(self.gauge) @ out
 
@@ -57,7 +58,7 @@ def edge_frames(vectors: Float[Tensor, "edges 3"], gauge: Float[Tensor, " edges"
         gauge: turns each frame about its edge, radians; no output of a model should depend on it.
     """
     v = vectors.double()
-    pole = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=v.device)
+    pole = torch.eye(3, dtype=torch.float64, device=v.device)[1]  # made there: a copy of numbers could not be recorded as a CUDA graph
     limits = torch.finfo(torch.float64)
     short = v.detach().abs().amax(1, keepdim=True) < (limits.tiny / limits.eps) ** 0.5
     v = torch.where(short, pole, v)
