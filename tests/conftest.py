@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ase
 import numpy as np
 import pytest
+import torch
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -91,3 +94,28 @@ def frames(morse: ModuleType) -> list[ase.Atoms]:
         atoms.calc = SinglePointCalculator(atoms, **labels)
         atoms.info.update(config_type="crystal" if atoms.pbc.any() else "molecule", frame_id=f"frame-{i}", system=str(atoms.symbols))
     return found
+
+
+class Watch(TorchDispatchMode):
+    """Operations that would wait for a GPU, or that make a tensor of values of the host."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "linalg_inv", "_linalg_det", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        masks = (
+            [x for x in args[1] if x is not None and x.dtype == torch.bool] if name.startswith(("aten.index.", "aten.index_put")) else []
+        )
+        if masks or any(f"aten.{bad}" in name for bad in self.names):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watch() -> Watch:
+    """What must not happen where a CUDA graph is recorded: a context whose `found` must stay empty."""
+    return Watch()

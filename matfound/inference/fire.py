@@ -14,6 +14,7 @@ from torch import Tensor
 
 from matfound.errors import InputError
 from matfound.inference.replay import Program, Replay
+from matfound.ops.recording import recorded
 from matfound.structures.atomic_data import volumes
 
 #: ASE's defaults: time step, its largest value, steps before it grows, factors, mixing and its factor, the longest step (Å).

@@ -35,7 +35,7 @@ def recorded(functions: Sequence[Callable[[], None]], device: torch.device, *, w
         for function in functions:
             graph = torch.cuda.CUDAGraph()
             # Not `torch.cuda.graph`, which empties torch's cache of memory first: the structures of a run are recorded one after the other.
-            graph.capture_begin(*([graphs[0].pool()] if graphs else []))
+            graph.capture_begin(graphs[0].pool() if graphs else None)
             try:
                 function()
             except BaseException:

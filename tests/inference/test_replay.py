@@ -19,7 +19,6 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.constraints import FixAtoms
 from ase.io import read
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from matfound import Calculator, relax
 from matfound.errors import InputError
@@ -240,27 +239,8 @@ def test_copies_record_for_themselves() -> None:
         assert other.replay.potential is other.potential
 
 
-class Watch(TorchDispatchMode):
-    """Operations that would wait for a GPU, or that make a tensor of values of the host."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "linalg_inv", "_linalg_det", "lift_fresh")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        masks = (
-            [x for x in args[1] if x is not None and x.dtype == torch.bool] if name.startswith(("aten.index.", "aten.index_put")) else []
-        )
-        if masks or any(f"aten.{bad}" in name for bad in self.names):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_waits_for_the_gpu(name: str) -> None:
+def test_nothing_waits_for_the_gpu(name: str, watch: Any) -> None:
     calculator = Calculator(potential(name), replay=True)
     backends.choose(calculator.potential, "reference")
     relaxation = None
@@ -269,7 +249,7 @@ def test_nothing_waits_for_the_gpu(name: str) -> None:
         relaxation = fire.ReplayedFIRE(calculator.replay, torch.arange(8) < 3, cell=cell, fmax=0.01, max_steps=3)
         list(relaxation)
         program = calculator.replay.program
-        with torch.no_grad(), Watch() as watch:
+        with torch.no_grad(), watch:
             program.compute()
             relaxation._follow(program)
         assert watch.found == []

@@ -95,7 +95,7 @@ def test_copies_compile_for_themselves() -> None:
     model = potential()
     model.compile("eager")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin._compiled.backend == "eager" and twin._compiled.function is not model._compiled.function
+        assert twin._forward.backend == "eager" and twin._forward.function is not model._forward.function
         assert twin.state_dict().keys() == model.state_dict().keys() == potential().state_dict().keys()
         assert twin.config == potential().config
 
@@ -103,7 +103,7 @@ def test_copies_compile_for_themselves() -> None:
 def test_old_versions_of_torch_run_eagerly_and_say_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(compiled, "is_possible", lambda: False)
     model = potential()
-    assert not model.compile() and model._compiled is None
+    assert not model.compile() and model._forward is None
     assert "cannot compile derivatives" in caplog.text
 
 
@@ -121,10 +121,10 @@ def test_models_that_cannot_be_compiled_say_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_switches() -> None:
-    assert Calculator(potential(), compile=True).potential._compiled is not None
-    assert Calculator(potential()).potential._compiled is None
+    assert Calculator(potential(), compile=True).potential._forward is not None
+    assert Calculator(potential()).potential._forward is None
     task = MultiTask(potential(), [Target("energy")], compile=True)
-    assert task.potential._compiled is not None and not any("_compiled" in name for name in task.state_dict())
+    assert task.potential._forward is not None and not any("_compiled" in name for name in task.state_dict())
 
 
 def run(repo: Path, folder: Path, *options: str) -> dict[str, float]:
