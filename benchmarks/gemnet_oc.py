@@ -11,8 +11,8 @@ Structures are OC20-like fcc(111) slabs of 72 atoms of one metal with an adsorba
 - train: forward and backward of an L1 loss of energies and direct forces, from indices that are there.
 - step: the same and AdamW.
 
-A row has the median ms of a call, host ms until it returns, the peak that torch allocated with the weights of that code alone, and how
-many times as fast as fairchem's it is. For all tasks but whole and step also: calls of operations that compute (no views), those of them
+A row has the median ms of a call, host ms until it returns, the peak that torch allocated but for what the other code holds, and how many
+times as fast as fairchem's it is; the codes take turns, three of each. For all tasks but whole and step also: calls of operations that compute (no views), those of them
 that wait for the device, the GFLOP of matrix products, and the ms these take at the rate of a large product: this algorithm's floor.
 
 Outputs are compared with ours in float64: ours in float32 must be off by at most four times what fairchem's is, plus 1e-6 of the largest
@@ -22,6 +22,7 @@ what its imports ask for; parts of torch_scatter and torch_sparse have a stand-i
 """
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -162,59 +163,90 @@ def calls(code: gemnet_oc.Code, task: str, batch: int, atoms: int, device: torch
     return code.infer({"graphs": code.graphs, "indices": code.indices, "infer": code.outputs, "whole": code.everything}[task])
 
 
-def measure(code: gemnet_oc.Code, head: Row, task: str, atoms: int, args: argparse.Namespace) -> Row:
-    """Times, memory and counts of one task."""
-    device = torch.device(args.device)
-    timing.clean()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+def details(call: Callable[[], Any], task: str, args: argparse.Namespace) -> Row:
+    """Counts, and what takes longest, of one task."""
+    row: Row = {}
     with timing.limit(args.limit):
-        call = calls(code, task, head["batch"], atoms, device)
-        row = timing.timed(call, device, args.seconds)
         if task in ("graphs", "indices", "infer", "train"):
             row |= counted(call)
         if args.profile and task in ("indices", "infer", "train"):
             row["profile"] = profiled(call)
-    code.module.zero_grad(set_to_none=True)
     return row
 
 
-def run_model(name: str, args: argparse.Namespace) -> Iterator[Row]:
-    """All rows of a model, code by code."""
-    device, options = torch.device(args.device), MODELS[name]
-    weights = gemnet_oc.random_weights(options)
-    reference = {}
+def references(options: Row, weights: gemnet_oc.Weights, args: argparse.Namespace) -> dict[int, list[torch.Tensor]]:
+    """Outputs in float64, for each batch."""
     with timing.limit(args.limit * len(args.batches)):
-        exact = gemnet_oc.Ours(options, weights, device, torch.float64)
+        exact = gemnet_oc.Ours(options, weights, torch.device(args.device), torch.float64)
+        found = {}
         for batch in args.batches:
             exact.take(slabs(batch))
-            reference[batch] = [tensor.cpu() for tensor in exact.infer(exact.outputs)()]
-    del exact
+            found[batch] = [tensor.cpu() for tensor in exact.infer(exact.outputs)()]
+    return found
+
+
+def run_model(name: str, args: argparse.Namespace) -> Iterator[Row]:
+    """All rows of a model; the codes take turns in each task."""
+    device, options = torch.device(args.device), MODELS[name]
+    weights = gemnet_oc.random_weights(options)
+    reference = references(options, weights, args)
+    codes: dict[str, gemnet_oc.Code] = {}
+    held: dict[str, int] = {}
     for key in args.only:
-        timing.clean()
-        head: Row = {"model": name, "code": key}
+        before = timing.held()
         try:
             with timing.limit(args.limit):
-                code = (gemnet_oc.Ours if key == "matfound" else gemnet_oc.Fairchem)(options, weights, device)
+                codes[key] = (gemnet_oc.Ours if key == "matfound" else gemnet_oc.Fairchem)(options, weights, device)
         except Exception as error:  # noqa: BLE001 - one that fails must not end the comparison
-            yield head | {"skipped": timing.why(error)}
-            continue
-        for batch in args.batches:
-            structures = slabs(batch)
-            row = head | {"batch": batch, "atoms": sum(map(len, structures))}
+            yield {"model": name, "code": key, "skipped": timing.why(error)}
+        held[key] = timing.held() - before
+    for batch in args.batches:
+        structures = slabs(batch)
+        able, own = dict(codes), {}
+        head: Row = {"model": name, "batch": batch, "atoms": sum(map(len, structures))}
+        for key, code in codes.items():
+            before = timing.held()
+            row = head | {"code": key, "task": "outputs"}
             try:
-                row |= {"task": "outputs", "counts": code.take(structures)}
+                row |= {"counts": code.take(structures)}
                 found = [tensor.double().cpu() for tensor in code.infer(code.outputs)()]
                 pairs = zip(("energy", "forces"), found, reference[batch], strict=True)
                 yield row | {"off": {what: [float((a - b).abs().max()), float(b.abs().max())] for what, a, b in pairs}}
             except Exception as error:  # noqa: BLE001
                 yield row | {"skipped": timing.why(error)}
-                continue
-            for task in args.tasks:
-                try:
-                    yield row | {"task": task} | measure(code, row, task, row["atoms"], args)
-                except Exception as error:  # noqa: BLE001
-                    yield row | {"task": task, "skipped": timing.why(error)}
-        del code
+                del able[key]
+            own[key] = held[key] + timing.held() - before
+        for task in args.tasks:
+            yield from run_task(able, head | {"task": task}, {key: sum(own.values()) - mine for key, mine in own.items()}, args)
+        for code in codes.values():
+            code.drop()
+
+
+def run_task(codes: dict[str, gemnet_oc.Code], head: Row, others: dict[str, int], args: argparse.Namespace) -> Iterator[Row]:
+    """A row of each code."""
+    device = torch.device(args.device)
+
+    def make(code: gemnet_oc.Code) -> Callable[[], Any]:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        return calls(code, head["task"], head["batch"], head["atoms"], device)
+
+    makers = {key: functools.partial(make, code) for key, code in codes.items()}
+
+    def after(key: str) -> None:
+        codes[key].module.zero_grad(set_to_none=True)
+
+    found = timing.turns(makers, device, args.seconds, limit_s=args.limit, others=others, after=after)
+    for key, times in found.items():
+        row = head | {"code": key}
+        if isinstance(times, str):
+            yield row | {"skipped": times}
+            continue
+        timing.clean()
+        try:
+            yield row | times | details(make(codes[key]), head["task"], args)
+        except Exception as error:  # noqa: BLE001
+            yield row | times | {"skipped": timing.why(error)}
+        after(key)
 
 
 def judge(rows: list[Row]) -> int:

@@ -40,6 +40,11 @@ class Code(ABC):
     def take(self, structures: Sequence[ase.Atoms]) -> dict[str, int]:
         """Make the batch, its graphs and its indices; returns how many edges there are, and what else is counted."""
 
+    def drop(self) -> None:
+        """Forget the batch."""
+        for name in ("batch", "known", "found"):
+            vars(self).pop(name, None)
+
     @abstractmethod
     def graphs(self) -> Any:
         """The four graphs of the batch anew."""
@@ -103,8 +108,12 @@ class Ours(Code):
             parameter.requires_grad_(not name.endswith(".factor"))
         self.backbone, self.device = backbone, device
 
+    def drop(self) -> None:
+        super().drop()
+        vars(self.backbone).pop("indices", None)
+
     def take(self, structures: Sequence[ase.Atoms]) -> dict[str, int]:
-        self.backbone.__dict__.pop("indices", None)
+        self.drop()
         samples = [add_graphs(from_atoms(atoms, labels=False), self.potential.graphs) for atoms in structures]
         self.batch = collate(samples).to(self.device)
         found = self.backbone.indices(self.batch)

@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ase
@@ -82,6 +82,57 @@ def timed(
             spent.append(host[-1])
     found = {"ms": statistics.median(spent), "host": statistics.median(host)}
     return found | ({"GiB": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+
+
+def turns(
+    makers: Mapping[str, Callable[[], Callable[[], Any]]],
+    device: torch.device,
+    seconds: float,
+    *,
+    rounds: int = 3,
+    limit_s: int = 120,
+    others: Mapping[str, int] | None = None,
+    after: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[str, float] | str]:
+    """`timed` of several calls in turns, since machines are faster in one minute than in another: medians of the rounds, or why there are
+    none.
+
+    Args:
+        makers: each makes a call, anew in each round.
+        device: where they compute.
+        seconds: for each call, over all rounds.
+        rounds: how many.
+        limit_s: seconds after which a call is given up, in each round.
+        others: bytes that the others hold, which do not count.
+        after: called after each turn with its name.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            if name in failed:
+                continue
+            clean()
+            try:
+                with limit(limit_s):
+                    found[name].append(timed(make(), device, seconds / rounds))
+            except Exception as error:  # noqa: BLE001 - one that fails must not end the comparison
+                failed[name] = why(error)
+            after(name)
+    rows: dict[str, dict[str, float] | str] = dict(failed)
+    for name, several in found.items():
+        if name not in failed:
+            row = {key: statistics.median(one[key] for one in several) for key in several[0]}
+            if "GiB" in row:
+                row["GiB"] -= (others or {}).get(name, 0) / 2**30
+            rows[name] = row
+    return rows
+
+
+def held() -> int:
+    """Bytes that torch has allocated on a GPU."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def bandwidth(device: torch.device) -> float:
