@@ -4,23 +4,21 @@
 
 Structures are OC20-like slabs of 72 or 80 metal atoms with an adsorbate, rattled, 12 Å, 20 neighbours. Weights are random. Model time
 only: graphs are made before. Inference of the original sets `direct_forces`, without which its forward builds an autograd graph under
-`no_grad` too. A training step is forward and backward of an L1 loss on energy and forces, without an optimizer. Medians of single calls;
-memory is the peak that torch allocated. Forces of both are compared first.
+`no_grad` too. A training step is forward and backward of an L1 loss on energy and forces, without an optimizer. Medians of single
+calls, the codes in turns; memory is the peak that torch allocated but for what the other code holds. Forces of both are compared first.
 
 The original is measured where it can be imported (`pip install --no-deps fairchem-core==1.10.0`, and what its imports ask for); otherwise
 only ours is. Precisions: fp32 (TF32 off), tf32, bf16 (autocast).
 """
 
 import argparse
-import gc
+import functools
 import json
 import logging
 import os
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ import ase
 import numpy as np
 import torch
 from ase.build import add_adsorbate, fcc111, molecule
-from rivals import scatter
+from rivals import scatter, timing
 
 from matfound.graphs.neighbors import add_graphs
 from matfound.models.base import Potential
@@ -52,7 +50,7 @@ OPTIONS: dict[str, Any] = {
     "attn_activation": "silu", "use_s2_act_attn": False, "ffn_activation": "silu", "use_gate_act": False, "use_grid_mlp": True,
     "alpha_drop": 0.1, "drop_path_rate": 0.1, "proj_drop": 0.0, "weight_init": "uniform", "enforce_max_neighbors_strictly": True,
 }  # fmt: skip
-Result = dict[str, float]
+Row = dict[str, Any]
 
 
 def slabs(count: int) -> list[ase.Atoms]:
@@ -128,28 +126,6 @@ def precision(name: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
 
 
-def measure(call: Callable[[], Any], device: torch.device, seconds: float) -> Result:
-    """Median time in ms and peak memory in GiB."""
-    cuda = device.type == "cuda"
-    gc.collect()
-    for _ in range(3 if cuda else 1):
-        call()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < seconds:
-        begin = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    return {"ms": statistics.median(times), "GiB": memory}
-
-
 def profile(call: Callable[[], Any], top: int = 8) -> list[tuple[str, float, int]]:
     """The kernels that take longest: name, ms, calls."""
     from torch.profiler import ProfilerActivity
@@ -191,7 +167,7 @@ def calls(model: Any, batch: Any, context: Any, *, training: bool) -> Callable[[
     return train if training else infer
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace) -> list[Row]:
     """Rows of all measurements."""
     device, rows = torch.device(args.device), []
     for name in args.models:
@@ -200,37 +176,59 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for size in args.batches:
             atoms = slabs(size)
             batch = collate([add_graphs(from_atoms(a, labels=False), potential.graphs) for a in atoms]).to(device)
-            pairs: list[tuple[str, Any, Any]] = [("matfound", potential, batch)]
+            pairs: dict[str, tuple[Any, Any]] = {"matfound": (potential, batch)}
             if theirs is not None:
                 theirs.direct_forces = True
-                pairs.append(("fairchem", theirs, their_batch(atoms, batch)))
+                pairs["fairchem"] = theirs, their_batch(atoms, batch)
                 _compare(pairs, device)
             for kind in args.precisions:
-                for training in (False, True):
-                    for who, model, data in pairs:
-                        model.train(training)
-                        call = calls(model, data, precision(kind, device), training=training)
-                        row: dict[str, Any] = {"model": name, "batch": size, "edges": batch.edge_index.shape[1], "precision": kind}
-                        row |= {"task": "train" if training else "infer", "code": who}
-                        try:
-                            row |= measure(call, device, args.seconds)
-                        except torch.OutOfMemoryError:
-                            row |= {"ms": float("inf"), "GiB": float("inf")}
+                for task in ("infer", "train"):
+                    head = {"model": name, "batch": size, "edges": batch.edge_index.shape[1], "precision": kind, "task": task}
+                    for row in compared(pairs, head, args):
                         rows.append(row)
                         print(
-                            f"{name:5} {size:3} {row['edges']:7} {kind} {row['task']} {who:8} {row['ms']:9.1f} ms {row['GiB']:7.2f} GiB",
+                            f"{name:5} {size:3} {row['edges']:7} {kind} {task} {row['code']:8} {row['ms']:9.1f} ms {row['GiB']:7.2f} GiB",
+                            row.get("failed", ""),
                             flush=True,
                         )
-                        if args.profile and device.type == "cuda" and kind == "fp32":
-                            row["profile"] = profile(call)
-                            print(*(f"      {ms:8.2f} ms {count:5} x {kernel}" for kernel, ms, count in row["profile"]), sep="\n")
-                        model.zero_grad(set_to_none=True)
+                        for kernel, ms, count in row.get("profile", ()):
+                            print(f"      {ms:8.2f} ms {count:5} x {kernel}")
     return rows
 
 
-def _compare(pairs: list[tuple[str, Any, Any]], device: torch.device) -> None:
+def compared(pairs: dict[str, tuple[Any, Any]], head: Row, args: argparse.Namespace) -> Iterator[Row]:
+    """A row of each code."""
+    device, training = torch.device(args.device), head["task"] == "train"
+
+    def make(model: Any, data: Any) -> Callable[[], Any]:
+        model.train(training)
+        return calls(model, data, precision(head["precision"], device), training=training)
+
+    makers = {who: functools.partial(make, *pair) for who, pair in pairs.items()}
+    own = {who: nbytes(*pair) for who, pair in pairs.items()}
+    others = {who: sum(own.values()) - mine for who, mine in own.items()}
+
+    def after(who: str) -> None:
+        pairs[who][0].zero_grad(set_to_none=True)
+
+    for who, found in timing.turns(makers, device, args.seconds, others=others, after=after).items():
+        row = head | {"code": who, "GiB": float("nan")}
+        row |= {"ms": float("inf"), "failed": found} if isinstance(found, str) else found
+        if args.profile and device.type == "cuda" and head["precision"] == "fp32" and not isinstance(found, str):
+            row["profile"] = profile(makers[who]())
+            after(who)
+        yield row
+
+
+def nbytes(model: Any, data: Any) -> int:
+    """What a model and its batch take on a device."""
+    tensors = [*model.parameters(), *model.buffers(), *(value for _, value in data if isinstance(value, torch.Tensor))]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _compare(pairs: dict[str, tuple[Any, Any]], device: torch.device) -> None:
     """Forces of both codes must be the same up to float32 and the original's random frames."""
-    forces = [calls(model.eval(), data, precision("fp32", device), training=False)()[1].double() for _, model, data in pairs]
+    forces = [calls(model.eval(), data, precision("fp32", device), training=False)()[1].double() for model, data in pairs.values()]
     difference = float((forces[0] - forces[1]).abs().max() / forces[1].abs().max())
     print(f"largest difference of a force: {difference:.1e} of the largest force")
     if difference > 1e-3:
@@ -245,7 +243,7 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "tf32", "bf16"], default=["fp32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="auto", help="of our SO(2) convolutions, see matfound.ops.backends")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement, at least five calls")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement (default %(default)s)")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels (CUDA, fp32)")
     parser.add_argument("--json", metavar="OUT.json", help="write all rows")
     args = parser.parse_args()

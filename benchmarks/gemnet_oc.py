@@ -12,8 +12,9 @@ Structures are OC20-like fcc(111) slabs of 72 atoms of one metal with an adsorba
 - step: the same and AdamW.
 
 A row has the median ms of a call, host ms until it returns, the peak that torch allocated but for what the other code holds, and how many
-times as fast as fairchem's it is; the codes take turns, three of each. For all tasks but whole and step also: calls of operations that compute (no views), those of them
-that wait for the device, the GFLOP of matrix products, and the ms these take at the rate of a large product: this algorithm's floor.
+times as fast as fairchem's it is; the codes take turns, three of each. For all tasks but whole and step also: calls of operations that
+compute (no views), those of them that wait for the device, the GFLOP of matrix products, and the ms these take at the rate of a large
+product: this algorithm's floor.
 
 Outputs are compared with ours in float64: ours in float32 must be off by at most four times what fairchem's is, plus 1e-6 of the largest
 number, and fairchem's by no more than 1e-3 of the largest; otherwise, and where ours fails, is slower, or makes indices less than three
