@@ -1,6 +1,7 @@
-"""A training step on energies and forces with the model compiled (`Potential.compile`), and without.
+"""A training step on energies and forces with the model compiled (`Potential.compile`) or recorded (`Potential.record`), and without.
 
     python benchmarks/compiled_training.py --device cuda --out compiled_training.json
+    python benchmarks/compiled_training.py --device cuda --backend replay --models nequip-3bpa v3-3bpa nequip
 
 Both start from the same weights and take the same steps with Adam on the same batches, which differ in size. Reported are
 
@@ -8,7 +9,8 @@ Both start from the same weights and take the same steps with Adam on the same b
 - the largest difference of any weight after `--steps` steps in float64, over the largest weight of that parameter;
 - milliseconds a step (median), the speed-up, and the seconds that compiling took, in the last of `--dtypes`.
 
-A compiled model whose second derivatives are lost has the right energies and forces, and the wrong gradients: only these tell.
+With `--backend replay` read recorded for compiled. A compiled model whose second derivatives are lost has the right energies and forces, and
+the wrong gradients: only these tell.
 """
 
 import argparse
@@ -26,6 +28,8 @@ import torch
 
 from matfound import __version__
 from matfound.models.base import Potential
+from matfound.models.equiformer_v3 import EquiformerV3
+from matfound.models.equiformer_v3_heads import EquiformerV3Energy
 from matfound.models.mace import MACE, MACEEnergyHead
 from matfound.models.nequip import NequIP
 from matfound.nn.heads import EnergyHead
@@ -35,22 +39,32 @@ from matfound.testing import prepare, random_crystal
 ELEMENTS = (8, 12, 22)
 #: What may differ, and by how much.
 LIMITS = {"gradient_difference_float64": 1e-10, "gradient_difference_float32": 1e-5, "weight_difference_float64": 1e-9}
-#: Shapes: small ones for tests, SevenNet-0's, and MACE-MP-0-medium's.
+#: Shapes: small ones for tests, those of the recipes for 3BPA, SevenNet-0's, and MACE-MP-0-medium's.
+# fmt: off
 MODELS = {
     "nequip-least": lambda: NequIP(3.5, 1, "2x0e", lmax=1, num_basis=2, radial_hidden=(), elements=ELEMENTS, self_connection="none"),
     "nequip-tiny": lambda: NequIP(3.5, 2, "4x0e+4x1o", lmax=1, radial_hidden=(8,), elements=ELEMENTS),
     "nequip": lambda: NequIP(5.0, 5, "128x0e+64x1e+32x2e", lmax=2, symmetry="SE3", elements=ELEMENTS),
+    "nequip-3bpa": lambda: NequIP(5.0, 4, "64x0e+64x1o+64x2e+64x3o", lmax=3, radial_hidden=(64, 64), elements=ELEMENTS),
+    "v3-3bpa": lambda: EquiformerV3(
+        5.0, None, num_layers=4, lmax=3, mmax=2, channels=64, heads=4, attention_hidden=32, alpha_channels=32, value_channels=16,
+        ffn_hidden=128, edge_channels=64, num_basis=32, num_elements=30, attention_grid=(10, 8), ffn_grid=(10, 10), avg_neighbors=15.0,
+    ),
     "mace-tiny": lambda: MACE(3.5, 2, "4x0e+4x1o", lmax=1, degree=2, radial_hidden=(8,), elements=ELEMENTS),
     "mace": lambda: MACE(6.0, 2, "128x0e+128x1o", lmax=3, elements=ELEMENTS),
 }
+# fmt: on
 
 
 def potential(name: str, device: str) -> Potential:
     """With random weights, and references of 0."""
     torch.manual_seed(0)
     backbone = MODELS[name]()
-    head = MACEEnergyHead() if isinstance(backbone, MACE) else EnergyHead(() if name == "nequip-least" else (32,))
-    made = Potential(backbone, {"energy": head})
+    if isinstance(backbone, EquiformerV3):
+        made = Potential(backbone, {"energy": EquiformerV3Energy()})
+    else:
+        head = MACEEnergyHead() if isinstance(backbone, MACE) else EnergyHead(() if name == "nequip-least" else (32,))
+        made = Potential(backbone, {"energy": head})
     made.heads["energy"].table.reference.zero_()  # type: ignore[union-attr]
     return made.train().to(device)
 
@@ -89,8 +103,8 @@ def weight_difference(eager: Potential, compiled: Potential, data: Sequence[Atom
             optimizer.zero_grad()
             loss(model(data[step % len(data)])).backward()
             optimizer.step()
-    pairs = zip(eager.parameters(), compiled.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)
+    pairs = zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True)
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs if a.is_floating_point())
 
 
 def times(models: dict[str, Potential], data: Sequence[AtomicData], repeats: int) -> dict[str, float]:
@@ -123,7 +137,9 @@ def measure(name: str, device: str, backend: str, atoms: int, steps: int, repeat
         eager = potential(name, device).to(dtype)
         data = batches(eager, atoms, device)
         compiled = copy.deepcopy(eager)
-        if not compiled.compile(backend):
+        if backend == "replay":
+            compiled.record()
+        elif not compiled.compile(backend):
             raise SystemExit("this torch cannot compile derivatives")
         compiled(data[0])  # not compiled yet
         start = time.perf_counter()
@@ -154,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, metavar="M", help="default: nequip mace on a GPU, else nequip-tiny mace-tiny"
     )
-    parser.add_argument("--backend", default="inductor", help="of torch.compile (default %(default)s)")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default %(default)s), or replay")
     parser.add_argument("--atoms", type=int, help="of a structure, about; default 64 on a GPU, else 8")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dtypes", nargs="+", choices=("float64", "float32"), default=["float64", "float32"])
