@@ -9,8 +9,8 @@ Both start from the same weights and take the same steps with Adam on the same b
 - the largest difference of any weight after `--steps` steps in float64, over the largest weight of that parameter;
 - milliseconds a step (median), the speed-up, and the seconds that compiling took, in the last of `--dtypes`.
 
-With `--backend replay` read recorded for compiled. A compiled model whose second derivatives are lost has the right energies and forces, and
-the wrong gradients: only these tell.
+With `--backend replay` read recorded for compiled. A compiled model whose second derivatives are lost has the right energies and forces,
+and the wrong gradients: only these tell.
 """
 
 import argparse
