@@ -35,7 +35,7 @@ class _SiLU(torch.autograd.Function):
 
 
 def silu_backward(g: Float[Tensor, "*n"], x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """g times the derivative of SiLU at x; derivatives of every order, of which torch's own operation has none."""
+    """The derivative of SiLU at x, times g; derivatives of every order, of which torch's own operation has none."""
     found: Tensor = _Slope.apply(g, x) if torch.is_grad_enabled() else torch.ops.aten.silu_backward(g, x)
     return found
 

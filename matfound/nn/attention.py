@@ -128,7 +128,7 @@ class DropPath(nn.Module):
 
 
 def smooth_leaky_relu(x: Float[Tensor, "*rows channels"], slope: float = 0.2) -> Float[Tensor, "*rows channels"]:
-    """Slope · x + (1 - slope) · x · σ(x): slope · x far below 0, x far above (Equiformer, arXiv:2206.11990)."""
+    """(slope + (1 - slope) · σ(x)) · x: slope · x far below 0, x far above (Equiformer, arXiv:2206.11990)."""
     return torch.add(slope * x, nn.functional.silu(x), alpha=1 - slope)
 
 

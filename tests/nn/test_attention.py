@@ -61,8 +61,9 @@ def test_edge_networks():
     assert [type(layer).__name__ for layer in mlp.layers] == ["Linear", "LayerNorm", "SiLU", "Linear", "LayerNorm", "SiLU", "Linear"]
     check_op(lambda r: mlp(pair(basis(r), numbers, source, target)), [r])
 
-    def embedded(*tables):
-        return torch.func.functional_call(pair, dict(zip(["source", "target"], tables)), (basis(r), numbers, source, target)).square()
+    def embedded(first, second):
+        tables = {"source": first, "target": second}
+        return torch.func.functional_call(pair, tables, (basis(r), numbers, source, target)).square()
 
     check_op(embedded, [pair.source, pair.target])
 
