@@ -84,8 +84,8 @@ MUTANTS = (
     Mutant(
         "attention with one envelope in place of two",
         "matfound/nn/attention.py",
-        "return weights if envelope is None else weights * envelope.unsqueeze(1)",
-        "return weights",
+        "target(target.sum(weights) + eps) * envelope",
+        "target(target.sum(weights) + eps)",
         ("tests/models/test_equiformer_v3.py::test_energy_is_smooth_at_the_cutoff",),
     ),
 )

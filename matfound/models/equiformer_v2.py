@@ -18,14 +18,25 @@ from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone, Statistics
-from matfound.nn.attention import DropPath, EdgeFeatures, EdgeMLP, PairEmbedding, SphericalFeatures, attention_weights, smooth_leaky_relu
+from matfound.nn.attention import (
+    DropPath,
+    EdgeFeatures,
+    EdgeMLP,
+    PairEmbedding,
+    SphericalFeatures,
+    attention_weights,
+    edge_gathers,
+    smooth_leaky_relu,
+)
 from matfound.nn.gradients import leaf_vectors
 from matfound.nn.heads import Float64Buffers
 from matfound.nn.norm import NormKind, normalization
 from matfound.nn.radial import GaussianBasis
 from matfound.nn.so3.grid import GateActivation, GridWarning, S2Grid, SeparableS2Activation
+from matfound.nn.so3.layout import add_scalars
 from matfound.nn.so3.linear import SO2Linear, SO3Linear
 from matfound.nn.so3.rotation import EdgeFrames, edge_frames, packed_rotation
+from matfound.ops.segment import Gather
 from matfound.ops.so2 import SO2Layout, so2_rotate, so2_rotate_back
 from matfound.structures.atomic_data import AtomicData
 
@@ -68,7 +79,7 @@ class Sizes:
 
 def _radial_input(pair: PairEmbedding | None, edges: EdgeFeatures) -> Float[Tensor, "edges all"]:
     """Basis and elements; where the embedding is shared, `edges.basis` has both."""
-    return edges.basis if pair is None else pair(edges.basis, *edges.numbers)
+    return edges.basis if pair is None else pair(edges.basis, edges.numbers, edges.source, edges.target)
 
 
 class EdgeDegreeEmbedding(nn.Module):
@@ -81,10 +92,10 @@ class EdgeDegreeEmbedding(nn.Module):
         self.radial = sizes.radial(sizes.layout.widths[0] * sizes.channels)
         self.average = Float64Buffers(neighbors=torch.tensor(avg_neighbors, dtype=torch.float64))
 
-    def forward(self, edges: EdgeFeatures, num_atoms: int) -> Float[Tensor, "atoms full channels"]:
+    def forward(self, edges: EdgeFeatures) -> Float[Tensor, "atoms full channels"]:
         """Features from the edges alone."""
         message = self.radial(_radial_input(self.pair, edges)).unflatten(1, (self.layout.widths[0], self.channels))
-        total = so2_rotate_back(self.layout, message, edges.rotation, edges.target, num_atoms, self.backend)
+        total = so2_rotate_back(self.layout, message, edges.rotation, edges.target, self.backend)
         return total / self.average.neighbors.to(total.dtype)
 
 
@@ -127,9 +138,9 @@ class GraphAttention(nn.Module):
         alpha, gates = scalars.split([self.alpha_size, scalars.shape[1] - self.alpha_size], dim=1)
         _, values = self.linear_2(self.activation(gates, message))
         alpha = smooth_leaky_relu(self.alpha_norm(alpha.unflatten(1, (self.heads, -1))))
-        weights = self.drop(attention_weights((alpha * self.alpha_dot).sum(dim=2), edges.target, len(x)))
+        weights = self.drop(attention_weights((alpha * self.alpha_dot).sum(dim=2), edges.target))
         values = values.unflatten(2, (self.heads, -1)) * weights.to(values.dtype)[:, None, :, None]
-        total = so2_rotate_back(self.layout, values.flatten(2), edges.rotation, edges.target, len(x), self.backend)
+        total = so2_rotate_back(self.layout, values.flatten(2), edges.rotation, edges.target, self.backend)
         return self.project(total)
 
 
@@ -166,10 +177,17 @@ class FeedForward(nn.Module):
             hidden = self.activation(scalars, hidden)
         else:
             assert isinstance(self.activation, SeparableS2Activation)
-            grid = self.activation.grid
-            hidden = grid.from_grid(self.grid_mlp(grid.to_grid(hidden)))
-            hidden = torch.cat([nn.functional.silu(scalars).unsqueeze(1), hidden[:, 1:]], dim=1)
+            hidden = self._on_grid(self.activation.grid, hidden)
+            hidden = torch.cat([nn.functional.silu(scalars).unsqueeze(1), hidden], dim=1)
         return self.linear_2(hidden)
+
+    def _on_grid(self, grid: S2Grid, x: Float[Tensor, "atoms full hidden"]) -> Float[Tensor, "atoms rest hidden"]:
+        """The network at every point, of which l > 0 is left. Its first and last layers are linear and act on coefficients, of which
+        there are fewer.
+        """
+        assert self.grid_mlp is not None
+        first, activation, second, _, third = self.grid_mlp
+        return third(grid.from_grid(activation(second(grid.silu(first(x)))), 1))
 
     def scalars(self, x: Float[Tensor, "atoms full channels"]) -> Float[Tensor, "atoms channels_out"]:
         """The part l = 0 of `forward`, which takes the input's l = 0 only: for inference, since most weights get no gradient."""
@@ -319,8 +337,7 @@ class EquiformerV2(Backbone):
     def forward(self, batch: AtomicData) -> SphericalFeatures:
         """Features of every atom; the batch carries the graph "main"."""
         vectors = leaf_vectors(batch) if self.differentiated else leaf_vectors(batch).detach()
-        source, target = batch.edge_index
-        x, edges = self.features(batch.numbers, vectors, source, target, batch.batch)
+        x, edges = self.features(batch.numbers, vectors, *edge_gathers(batch), batch.batch)
         return SphericalFeatures(
             scalars=x[:, 0], vectors={MAIN_GRAPH: vectors}, equivariant=x.flatten(1), irreps=self.irreps, spherical=x, edges=edges
         )
@@ -333,20 +350,18 @@ class EquiformerV2(Backbone):
         self,
         numbers: Int[Tensor, " atoms"],
         vectors: Float[Tensor, "edges 3"],
-        source: Int[Tensor, " edges"],
-        target: Int[Tensor, " edges"],
+        source: Gather,
+        target: Gather,
         system: Int[Tensor, " atoms"],
     ) -> tuple[Float[Tensor, "atoms full channels"], EdgeFeatures]:
         """The network on bare tensors: vectors in Å, float64; `system` is the structure of each atom."""
         layout, dtype = self.sizes.layout, self.embedding.dtype
         rotation = packed_rotation(self.frames(vectors), layout.lmax, layout.mmax, dtype)
         basis = self.basis(torch.linalg.vector_norm(vectors.to(dtype), dim=1))
-        pairs = torch.stack([numbers[source], numbers[target]])
         if self.pair is not None:
-            basis = self.pair(basis, *pairs)
-        edges = EdgeFeatures(source, target, pairs, basis, rotation)
-        x = self.edge_degree(edges, len(numbers))
-        x = torch.cat([x[:, :1] + self.embedding[numbers].unsqueeze(1), x[:, 1:]], dim=1)
+            basis = self.pair(basis, numbers, source, target)
+        edges = EdgeFeatures(source, target, numbers, basis, rotation)
+        x = add_scalars(self.edge_degree(edges), nn.functional.embedding(numbers, self.embedding))
         for block in self.blocks:
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, edges, system, use_reentrant=False)

@@ -19,15 +19,26 @@ from matfound.errors import InputError
 from matfound.fields import MAIN_GRAPH
 from matfound.graphs.spec import GraphSpec
 from matfound.models.base import Backbone
-from matfound.nn.attention import DropPath, EdgeFeatures, EdgeMLP, PairEmbedding, SphericalFeatures, attention_weights, smooth_leaky_relu
+from matfound.nn.attention import (
+    DropPath,
+    EdgeFeatures,
+    EdgeMLP,
+    PairEmbedding,
+    SphericalFeatures,
+    attention_weights,
+    edge_gathers,
+    smooth_leaky_relu,
+)
 from matfound.nn.cutoffs import PolynomialCutoff
 from matfound.nn.gradients import leaf_vectors
 from matfound.nn.norm import MergedLayerNorm
 from matfound.nn.radial import GaussianBasis
 from matfound.nn.so3.grid import GateActivation, GridWarning, S2Grid, SeparableSwiGLU
 from matfound.nn.so3.harmonics import spherical_harmonics
+from matfound.nn.so3.layout import add_scalars
 from matfound.nn.so3.linear import SO2Linear, SO3Linear
 from matfound.nn.so3.rotation import EdgeFrames, edge_frames, packed_rotation
+from matfound.ops.segment import Gather
 from matfound.ops.so2 import SO2Layout, so2_rotate, so2_rotate_back
 from matfound.structures.atomic_data import AtomicData
 
@@ -69,7 +80,7 @@ class EdgeNetwork(nn.Module):
 
     def forward(self, edges: EdgeFeatures) -> Float[Tensor, "edges outputs"]:
         """Outputs of each edge."""
-        return self.network(self.pair(edges.basis, *edges.numbers))
+        return self.network(self.pair(edges.basis, edges.numbers, edges.source, edges.target))
 
 
 class GraphAttention(nn.Module):
@@ -114,9 +125,9 @@ class GraphAttention(nn.Module):
         _, values = self.linear_2(self.activation(scalars, message))
         alpha = smooth_leaky_relu(self.alpha_norm(alpha.unflatten(1, (self.heads, -1))))
         logits = (alpha * self.alpha_dot).sum(dim=2)
-        weights = self.drop(attention_weights(logits, edges.target, len(x), edges.envelope, self.eps))
+        weights = self.drop(attention_weights(logits, edges.target, edges.envelope, self.eps))
         values = values.unflatten(2, (self.heads, -1)) * weights.to(values.dtype)[:, None, :, None]
-        total = so2_rotate_back(self.layout, values.flatten(2), edges.rotation, edges.target, len(x), self.backend)
+        total = so2_rotate_back(self.layout, values.flatten(2), edges.rotation, edges.target, self.backend)
         return self.project(total)
 
 
@@ -140,11 +151,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "atoms full channels"]) -> Float[Tensor, "atoms full channels"]:
         """New features of each atom."""
-        p, q = self.grid_1(self.grid.to_grid(self.linear_1(x))).chunk(2, dim=2)
-        gate = torch.sigmoid(self.gate(x[:, 0])).unsqueeze(1)
-        hidden = self.grid.from_grid(self.grid_2(p * gate * q))
-        first, second = self.scalar(x[:, :1]).chunk(2, dim=2)
-        return self.linear_2(torch.cat([hidden[:, :1] + nn.functional.silu(first) * second, hidden[:, 1:]], dim=1))
+        scalars = x[:, 0]
+        # W, W' and the gate do the same at every point, so that they may act on coefficients, of which there are fewer.
+        product = self.grid.from_grid(self.grid.product(self.grid_1(self.linear_1(x))))
+        hidden = self.grid_2(product * torch.sigmoid(self.gate(scalars)).unsqueeze(1))
+        first, second = self.scalar(scalars).chunk(2, dim=1)
+        return self.linear_2(add_scalars(hidden, nn.functional.silu(first) * second))
 
 
 class Block(nn.Module):
@@ -293,9 +305,8 @@ class EquiformerV3(Backbone):
     def forward(self, batch: AtomicData) -> SphericalFeatures:
         """Features of every atom; the batch carries the graph "main"."""
         vectors = leaf_vectors(batch) if self.differentiated else leaf_vectors(batch).detach()
-        source, target = batch.edge_index
         given = batch.given_forces if self.force_embedding is not None and "given_forces" in batch else None
-        x, edges = self.features(batch.numbers, vectors, source, target, batch.batch, given)
+        x, edges = self.features(batch.numbers, vectors, *edge_gathers(batch), batch.batch, given)
         return SphericalFeatures(
             scalars=x[:, 0], vectors={MAIN_GRAPH: vectors}, equivariant=x.flatten(1), irreps=self.irreps, spherical=x, edges=edges
         )
@@ -308,8 +319,8 @@ class EquiformerV3(Backbone):
         self,
         numbers: Int[Tensor, " atoms"],
         vectors: Float[Tensor, "edges 3"],
-        source: Int[Tensor, " edges"],
-        target: Int[Tensor, " edges"],
+        source: Gather,
+        target: Gather,
         system: Int[Tensor, " atoms"],
         given: Float[Tensor, "atoms 3"] | None = None,
     ) -> tuple[Float[Tensor, "atoms full channels"], EdgeFeatures]:
@@ -318,20 +329,19 @@ class EquiformerV3(Backbone):
         Args:
             numbers: atomic numbers.
             vectors: Å, float64.
-            source: sender of each edge.
-            target: receiver of each edge.
+            source: takes what atoms have to the edges that they send.
+            target: takes what atoms have to the edges that they receive.
             system: structure of each atom.
             given: forces for the force embedding, eV/Å; NaN for atoms whose force is not given.
         """
         layout, dtype = self.sizes.layout, self.embedding.dtype
         rotation = packed_rotation(self.frames(vectors), layout.lmax, layout.mmax, dtype)
         r = torch.linalg.vector_norm(vectors, dim=1).to(dtype)
-        pairs = torch.stack([numbers[source], numbers[target]])
         envelope = self.envelope(r)
-        edges = EdgeFeatures(source, target, pairs, self.basis(r), rotation, envelope)
+        edges = EdgeFeatures(source, target, numbers, self.basis(r), rotation, envelope)
         message = self.edge_degree(edges).unflatten(1, (layout.widths[0], self.channels)) * envelope[:, None, None]
-        x = so2_rotate_back(layout, message, rotation, target, len(numbers), self.sizes.backend) / self.avg_neighbors
-        x = torch.cat([x[:, :1] + self.embedding[numbers].unsqueeze(1), x[:, 1:]], dim=1)
+        x = so2_rotate_back(layout, message, rotation, target, self.sizes.backend) / self.avg_neighbors
+        x = add_scalars(x, nn.functional.embedding(numbers, self.embedding))
         if self.force_embedding is not None and given is not None:
             x = x + self.force_embedding(given)
         for block in self.blocks:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from matfound.graphs.triplets import Edges, Padded
 from matfound.models.gemnet_oc_indices import AtomPairs, GraphIndices, Middles, Triplets
 from matfound.models.gemnet_oc_layers import SILU_GAIN, Bilinear, Dense, Network, Scale, Scaled, Up
-from matfound.nn.gather import Gather, pad, unpad
+from matfound.nn.gather import pad, unpad
 from matfound.nn.gradients import sum_over
+from matfound.ops.segment import Gather
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ from matfound.graphs.triplets import (
     triplets,
     widths,
 )
-from matfound.nn.gather import Exchange, Gather
+from matfound.nn.gather import Exchange
+from matfound.ops.segment import Gather
 from matfound.structures.atomic_data import AtomicData
 
 #: Names of the graphs besides the main one: all pairs of atoms, atoms and edges, and the middle edges of quadruplets.

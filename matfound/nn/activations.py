@@ -31,8 +31,13 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        found: Tensor = _Slope.apply(g, x) if torch.is_grad_enabled() else torch.ops.aten.silu_backward(g, x)
-        return found
+        return silu_backward(g, x)
+
+
+def silu_backward(g: Float[Tensor, "*n"], x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """The derivative of SiLU at x, times g; derivatives of every order, of which torch's own operation has none."""
+    found: Tensor = _Slope.apply(g, x) if torch.is_grad_enabled() else torch.ops.aten.silu_backward(g, x)
+    return found
 
 
 class _Slope(torch.autograd.Function):

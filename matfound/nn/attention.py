@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matfound.nn.base import NodeFeatures
-from matfound.nn.gradients import sum_over
+from matfound.nn.gradients import order_of_edges
+from matfound.ops.segment import Gather
+from matfound.structures.atomic_data import AtomicData
 
 
 @dataclass
@@ -17,17 +19,17 @@ class EdgeFeatures:
     """What the attention knows of each edge.
 
     Args:
-        source: sender.
-        target: receiver.
-        numbers: (2, edges) atomic numbers of both.
+        source: takes what atoms have to the edges that they send.
+        target: takes what atoms have to the edges that they receive, and sums over these.
+        numbers: atomic numbers of the atoms.
         basis: radial functions of the distance.
         rotation: Wigner matrices into the frame of the edge, in the packed layout (`matfound.ops.so2.SO2Layout`).
         envelope: of the distance, 0 at the cutoff; None in EquiformerV2, which has none.
     """
 
-    source: Int[Tensor, " edges"]
-    target: Int[Tensor, " edges"]
-    numbers: Int[Tensor, "2 edges"]
+    source: Gather
+    target: Gather
+    numbers: Int[Tensor, " atoms"]
     basis: Float[Tensor, "edges basis"]
     rotation: Float[Tensor, "edges rows full"]
     envelope: Float[Tensor, " edges"] | None = None
@@ -52,6 +54,14 @@ def spherical(features: NodeFeatures) -> tuple[Float[Tensor, "atoms full channel
     assert features.spherical is not None
     assert features.edges is not None
     return features.spherical, features.edges
+
+
+def edge_gathers(batch: AtomicData) -> tuple[Gather, Gather]:
+    """What takes atoms' features to the edges of the graph "main" that they send, and to those that they receive."""
+    order = order_of_edges(batch)
+    source, target = batch.edge_index
+    atoms = len(order.rows_target) - 1
+    return Gather(source, atoms, order.by_source, order.rows_source), Gather(target, atoms, order.by_target, order.rows_target)
 
 
 class EdgeMLP(nn.Module):
@@ -89,10 +99,11 @@ class PairEmbedding(nn.Module):
         self.target = nn.Parameter(torch.empty(elements, channels).uniform_(-0.001, 0.001))
 
     def forward(
-        self, basis: Float[Tensor, "edges basis"], source: Int[Tensor, " edges"], target: Int[Tensor, " edges"]
+        self, basis: Float[Tensor, "edges basis"], numbers: Int[Tensor, " atoms"], source: Gather, target: Gather
     ) -> Float[Tensor, "edges all"]:
-        """`source` and `target` are atomic numbers."""
-        return torch.cat([basis, self.source[source], self.target[target]], dim=1)
+        """Each edge's embeddings are taken from its atoms, so that derivatives are summed over edges and then over atoms."""
+        embedded = [take(nn.functional.embedding(numbers, table)) for take, table in ((source, self.source), (target, self.target))]
+        return torch.cat([basis, *embedded], dim=1)
 
 
 class DropPath(nn.Module):
@@ -112,19 +123,18 @@ class DropPath(nn.Module):
         if not self.training or not self.share or not len(x):
             return x
         # Not waiting for the number of structures; only where some have no atoms may two get the same draw.
-        keep = torch.rand(len(x), device=x.device)[system % len(x)] >= self.share
-        return x * (keep.to(x.dtype) / (1 - self.share)).view(-1, *[1] * (x.dim() - 1))
+        factors = x.new_empty(len(x)).bernoulli_(1 - self.share).div_(1 - self.share)
+        return x * factors.index_select(0, system % len(x)).view(-1, *[1] * (x.dim() - 1))
 
 
 def smooth_leaky_relu(x: Float[Tensor, "*rows channels"], slope: float = 0.2) -> Float[Tensor, "*rows channels"]:
-    """(1 + slope)/2 · x + (1 - slope)/2 · x · (2σ(x) - 1): slope · x far below 0, x far above (Equiformer, arXiv:2206.11990)."""
-    return (1 + slope) / 2 * x + (1 - slope) / 2 * x * (2 * torch.sigmoid(x) - 1)
+    """(slope + (1 - slope) · σ(x)) · x: slope · x far below 0, x far above (Equiformer, arXiv:2206.11990)."""
+    return torch.add(slope * x, nn.functional.silu(x), alpha=1 - slope)
 
 
 def attention_weights(
     logits: Float[Tensor, "edges heads"],
-    target: Int[Tensor, " edges"],
-    num_atoms: int,
+    target: Gather,
     envelope: Float[Tensor, " edges"] | None = None,
     eps: float = 1e-16,
 ) -> Float[Tensor, "edges heads"]:
@@ -134,15 +144,15 @@ def attention_weights(
 
     Args:
         logits: z of each head.
-        target: receiver of each edge.
-        num_atoms: how many there are.
+        target: sums over the edges that each atom receives.
         envelope: of each edge, 0 at the cutoff.
         eps: keeps the division finite.
     """
-    highest = logits.new_full((num_atoms, logits.shape[1]), -torch.inf)
-    highest = highest.scatter_reduce(0, target.unsqueeze(1).expand_as(logits), logits.detach(), "amax")
-    weights = torch.exp(logits - highest[target])
-    if envelope is not None:
-        weights = weights * envelope.unsqueeze(1)
-    weights = weights / (sum_over(weights, target, num_atoms)[target] + eps)
-    return weights if envelope is None else weights * envelope.unsqueeze(1)
+    highest = logits.new_full((target.size, logits.shape[1]), -torch.inf)
+    highest = highest.scatter_reduce(0, target.row.unsqueeze(1).expand_as(logits), logits.detach(), "amax")
+    weights = torch.exp(logits - target(highest))
+    if envelope is None:
+        return weights / target(target.sum(weights) + eps)
+    envelope = envelope.unsqueeze(1)
+    weights = weights * envelope
+    return weights / target(target.sum(weights) + eps) * envelope

@@ -1,73 +1,12 @@
-"""Rows of a tensor taken by an index, whose derivatives are summed in a fixed order: a GPU then gives the same bits in every run."""
+"""Rows put in other places; `matfound.ops.segment.Gather` takes them by an index that may have some of them more than once."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from matfound.graphs.triplets import Padded, segment_starts
-from matfound.nn.gradients import sum_over
-
-
-class Gather:
-    """Takes rows of tensors that all have as many of them.
-
-    What derivatives need is found with the first of them.
-
-    Args:
-        row: the row that is taken, for each row of the result.
-        size: how many rows there are.
-        order: the rows of the result that count, sorted by `row`, or what finds them; None where all do and are sorted.
-        starts: where each value begins in the sorted rows, and the last one's end, if it is known.
-    """
-
-    def __init__(
-        self,
-        row: Int[Tensor, " rows"],
-        size: int,
-        order: Tensor | Callable[[], Tensor] | None,
-        starts: Int[Tensor, " size_and_one"] | None = None,
-    ) -> None:
-        self.row, self.size, self.given, self.starts = row, size, order, starts
-
-    @classmethod
-    def of(cls, row: Int[Tensor, " rows"], size: int) -> "Gather":
-        """Of rows in any order."""
-        return cls(row, size, lambda: torch.argsort(row, stable=True))
-
-    def __call__(self, x: Float[Tensor, "size *d"]) -> Float[Tensor, "rows *d"]:
-        """The rows of a tensor."""
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return x.index_select(0, self.row)
-        found: Tensor = _Take.apply(x, self)
-        return found
-
-    @functools.cached_property
-    def order(self) -> Int[Tensor, " counted"] | None:
-        """The rows of the result that count, sorted by `row`; None where all do and are sorted."""
-        return self.given() if callable(self.given) else self.given
-
-    @functools.cached_property
-    def segments(self) -> tuple[Int[Tensor, " counted"], Int[Tensor, " size_and_one"]]:
-        """The sorted rows, and where each value begins."""
-        rows = self.row if self.order is None else self.row.index_select(0, self.order)
-        return rows, segment_starts(rows, self.size) if self.starts is None else self.starts
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Gather) -> Tensor:
-        ctx.gather = gather
-        return x.index_select(0, gather.row)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        gather: Gather = ctx.gather
-        rows, starts = gather.segments
-        return sum_over(g if gather.order is None else g.index_select(0, gather.order), rows, gather.size, starts), None
+from matfound.graphs.triplets import Padded
 
 
 class Exchange(NamedTuple):

@@ -5,7 +5,6 @@ sum over the edges that it sends, and the virial is Σ v ⊗ g: no strain enters
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from matfound.fields import MAIN_GRAPH, graph_key
 from matfound.graphs.neighbors import edge_vectors
+from matfound.ops.segment import segment_sum
 from matfound.ops.tensor_product import EdgeOrder, edge_order
 from matfound.structures.atomic_data import AtomicData, volumes
 
@@ -28,21 +28,8 @@ def sum_over(
     if size == 1:
         return values.sum(0, keepdim=True)
     if starts is not None:
-        found: Tensor = _SortedSum.apply(values, index, starts)
-        return found
+        return segment_sum(values, index, starts)
     return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
-
-
-class _SortedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        return torch.segment_reduce(values, "sum", offsets=starts, axis=0, unsafe=True, initial=0)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return g.index_select(0, index), None, None
 
 
 def order_of_edges(batch: AtomicData, graph: str = MAIN_GRAPH) -> EdgeOrder:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matfound.errors import InputError, nearest
+from matfound.nn.so3.layout import RepeatDegrees, add_scalars, degrees
 
 NormKind = Literal["layer_norm", "layer_norm_sh", "rms_norm_sh", "merge_layer_norm"]
 
@@ -16,9 +17,10 @@ def _shares(lmax: int, lmin: int) -> Int[Tensor, " rows"]:
     return torch.tensor([(2 * l + 1) * (lmax + 1 - lmin) for l in range(lmin, lmax + 1) for _ in range(2 * l + 1)], dtype=torch.int64)
 
 
-def _row_degrees(lmax: int, lmin: int = 0) -> Int[Tensor, " rows"]:
-    """Degree of each row, less lmin."""
-    return torch.tensor([l - lmin for l in range(lmin, lmax + 1) for _ in range(2 * l + 1)], dtype=torch.int64)
+def _centred(x: Float[Tensor, "atoms full channels"]) -> Float[Tensor, "atoms full channels"]:
+    """Without the mean over channels of l = 0."""
+    scalars, rest = x.split([1, x.shape[1] - 1], dim=1)
+    return torch.cat([scalars - scalars.mean(dim=2, keepdim=True), rest], dim=1)
 
 
 class MergedLayerNorm(nn.Module):
@@ -34,7 +36,6 @@ class MergedLayerNorm(nn.Module):
     """
 
     shares: Tensor
-    degree: Tensor
 
     def __init__(self, lmax: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -42,15 +43,14 @@ class MergedLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("shares", _shares(lmax, 0), persistent=False)
-        self.register_buffer("degree", _row_degrees(lmax), persistent=False)
+        self.repeat = RepeatDegrees(degrees(lmax))
 
     def forward(self, x: Float[Tensor, "atoms full channels"]) -> Float[Tensor, "atoms full channels"]:
         """Normalised features."""
-        scalars = x[:, :1] - x[:, :1].mean(dim=2, keepdim=True)
-        x = torch.cat([scalars, x[:, 1:]], dim=1)
+        x = _centred(x)
         power = (x.square().mean(dim=2) / self.shares).sum(dim=1)
-        y = x * torch.rsqrt(power + self.eps)[:, None, None] * self.weight[self.degree]
-        return torch.cat([y[:, :1] + self.bias, y[:, 1:]], dim=1)
+        y = x * torch.rsqrt(power + self.eps)[:, None, None] * self.repeat(self.weight)
+        return add_scalars(y, self.bias.unsqueeze(0))
 
 
 class SeparableLayerNorm(nn.Module):
@@ -64,7 +64,6 @@ class SeparableLayerNorm(nn.Module):
     """
 
     shares: Tensor
-    degree: Tensor
 
     def __init__(self, lmax: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -72,13 +71,14 @@ class SeparableLayerNorm(nn.Module):
         self.scalar = nn.LayerNorm(channels, eps=eps)
         self.weight = nn.Parameter(torch.ones(lmax, channels))
         self.register_buffer("shares", _shares(lmax, 1), persistent=False)
-        self.register_buffer("degree", _row_degrees(lmax, 1), persistent=False)
+        self.repeat = RepeatDegrees(degrees(lmax, 1), 1)
 
     def forward(self, x: Float[Tensor, "atoms full channels"]) -> Float[Tensor, "atoms full channels"]:
         """Normalised features."""
-        power = (x[:, 1:].square().mean(dim=2) / self.shares).sum(dim=1)
-        y = x[:, 1:] * torch.rsqrt(power + self.eps)[:, None, None] * self.weight[self.degree]
-        return torch.cat([self.scalar(x[:, :1]), y], dim=1)
+        scalars, rest = x.split([1, x.shape[1] - 1], dim=1)
+        power = (rest.square().mean(dim=2) / self.shares).sum(dim=1)
+        y = rest * torch.rsqrt(power + self.eps)[:, None, None] * self.repeat(self.weight)
+        return torch.cat([self.scalar(scalars), y], dim=1)
 
 
 class DegreeLayerNorm(nn.Module):
@@ -91,24 +91,20 @@ class DegreeLayerNorm(nn.Module):
         eps: ε.
     """
 
-    degree: Tensor
-
     def __init__(self, lmax: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.sizes = [2 * l + 1 for l in range(lmax + 1)]
-        self.register_buffer("degree", _row_degrees(lmax), persistent=False)
 
     def forward(self, x: Float[Tensor, "atoms full channels"]) -> Float[Tensor, "atoms full channels"]:
         """Normalised features."""
-        scalars = x[:, :1] - x[:, :1].mean(dim=2, keepdim=True)
-        x = torch.cat([scalars, x[:, 1:]], dim=1)
-        power = torch.stack([block.mean(dim=1) for block in x.square().mean(dim=2).split(self.sizes, dim=1)], dim=1)
-        factors = torch.rsqrt(power + self.eps).unsqueeze(2) * self.weight
-        y = x * factors[:, self.degree]
-        return torch.cat([y[:, :1] + self.bias, y[:, 1:]], dim=1)
+        blocks = _centred(x).split(self.sizes, dim=1)
+        power = torch.stack([block.square().mean(dim=(1, 2)) for block in blocks], dim=1)
+        factors = (torch.rsqrt(power + self.eps).unsqueeze(2) * self.weight).split(1, dim=1)
+        y = torch.cat([block * factor for block, factor in zip(blocks, factors, strict=True)], dim=1)
+        return add_scalars(y, self.bias.unsqueeze(0))
 
 
 NORMS: dict[str, type[MergedLayerNorm | SeparableLayerNorm | DegreeLayerNorm]] = {

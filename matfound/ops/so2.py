@@ -10,10 +10,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from matfound.errors import InputError
+from matfound.ops.segment import Gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,8 @@ class SO2Layout:
 def so2_rotate(
     x: Float[Tensor, "atoms full channels"],
     rotation: Float[Tensor, "edges rows full"],
-    source: Int[Tensor, " edges"],
-    target: Int[Tensor, " edges"],
+    source: Gather,
+    target: Gather,
     backend: str = "auto",
 ) -> Float[Tensor, "edges rows both"]:
     """Features of an edge's two atoms in the frame of the edge: rotation · (x[source], x[target]), side by side.
@@ -93,8 +94,8 @@ def so2_rotate(
     Args:
         x: features of the atoms, l-major, full = (lmax+1)².
         rotation: Wigner matrices of the frames, rows in the packed layout (`SO2Layout`).
-        source: sender of each edge.
-        target: receiver of each edge.
+        source: takes what atoms have to the edges that they send.
+        target: takes what atoms have to the edges that they receive.
         backend: see `matfound.ops.backends`.
     """
     from matfound.ops import backends
@@ -141,8 +142,7 @@ def so2_rotate_back(
     layout: SO2Layout,
     message: Float[Tensor, "edges rows channels"],
     rotation: Float[Tensor, "edges all full"],
-    target: Int[Tensor, " edges"],
-    num_atoms: int,
+    target: Gather,
     backend: str = "auto",
 ) -> Float[Tensor, "atoms full channels"]:
     """Messages rotated back and summed over the edges of each target: Σ rotationᵀ · message, times `SO2Layout.rescale`.
@@ -151,23 +151,22 @@ def so2_rotate_back(
         layout: of the rows.
         message: in the frames of the edges; either all rows, or those of m = 0 only.
         rotation: as in `so2_rotate`.
-        target: receiver of each edge.
-        num_atoms: how many there are.
+        target: sums over the edges that each atom receives.
         backend: see `matfound.ops.backends`.
     """
     from matfound.ops import backends
 
-    return backends.get("so2_rotate_back", backend, message.device)(layout, message, rotation, target, num_atoms)
+    return backends.get("so2_rotate_back", backend, message.device)(layout, message, rotation, target)
 
 
 def rotate(
     x: Float[Tensor, "atoms full channels"],
     rotation: Float[Tensor, "edges rows full"],
-    source: Int[Tensor, " edges"],
-    target: Int[Tensor, " edges"],
+    source: Gather,
+    target: Gather,
 ) -> Float[Tensor, "edges rows both"]:
     """Reference of `so2_rotate`."""
-    return torch.bmm(rotation, torch.cat([x[source], x[target]], dim=2))
+    return torch.bmm(rotation, torch.cat([source(x), target(x)], dim=2))
 
 
 def linear(
@@ -183,18 +182,16 @@ def linear(
     scales = [None] * len(layout.widths) if radial is None else _radial_blocks(layout, radial, channels)
     channels_out = (weights[0].shape[0] - extra) // layout.widths[0]
     outputs = []
-    scalars = x.new_empty(edges, 0)
     for m, (block, weight, scale) in enumerate(zip(x.split(layout.sizes, dim=1), weights, scales, strict=True)):
         parts = block.reshape(edges, 1 if m == 0 else 2, layout.widths[m] * channels)
-        parts = parts if scale is None else parts * scale.unsqueeze(1)
+        parts = (parts if scale is None else parts * scale.unsqueeze(1)).flatten(1)
         if m == 0:
-            product = torch.nn.functional.linear(parts.squeeze(1), weight, bias)
-            scalars, y = product.split([extra, product.shape[1] - extra], dim=1)
+            outputs += torch.nn.functional.linear(parts, weight, bias).split([extra, layout.widths[0] * channels_out], dim=1)
         else:
-            a, b = torch.nn.functional.linear(parts, weight).chunk(2, dim=2)
-            y = torch.stack([a[:, 0] - b[:, 1], b[:, 0] + a[:, 1]], dim=1)
-        outputs.append(y.reshape(edges, layout.sizes[m], channels_out))
-    return scalars, torch.cat(outputs, dim=1)
+            # Weights are put together, not what comes out: that is for all edges.
+            a, b = weight.chunk(2)
+            outputs.append(torch.nn.functional.linear(parts, torch.cat([weight, torch.cat([-b, a])], dim=1)))
+    return outputs[0], torch.cat(outputs[1:], dim=1).unflatten(1, (layout.rows, channels_out))
 
 
 def _radial_blocks(layout: SO2Layout, radial: Tensor, channels: int) -> list[Tensor]:
@@ -210,13 +207,11 @@ def rotate_back(
     layout: SO2Layout,
     message: Float[Tensor, "edges rows channels"],
     rotation: Float[Tensor, "edges all full"],
-    target: Int[Tensor, " edges"],
-    num_atoms: int,
+    target: Gather,
 ) -> Float[Tensor, "atoms full channels"]:
     """Reference of `so2_rotate_back`. The sum has the precision of the rotation, under autocast too."""
     turned = torch.bmm(rotation[:, : message.shape[1]].transpose(1, 2), message)
-    total = torch.zeros(num_atoms, *turned.shape[1:], dtype=rotation.dtype, device=message.device)
-    total = total.index_add(0, target, turned.to(rotation.dtype))
+    total = target.sum(turned.to(rotation.dtype))
     if layout.mmax == layout.lmax:
         return total
     # The rotation does not mix degrees, so that atoms can be scaled in place of edges.

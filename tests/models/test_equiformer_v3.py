@@ -312,6 +312,22 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
         assert torch.allclose(found[name], gradient, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.parametrize("kind", ["gradient", "direct"])
+def test_rows_are_taken_by_gathers(kind: str) -> None:
+    """The derivative of x[index] sorts the index each time; that of a `Gather` is a sum over segments that are known."""
+    model = potential(kind).train()
+    out = model(collate([prepare(model, random_crystal(0, 3, (1, 6, 8)))]))
+    nodes, found = [(out["energy"].sum() + out["forces"].sum()).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    names = {node.name() for node in found}
+    assert "_TakeBackward" in names
+    assert "IndexBackward0" not in names
+
+
 def test_training_drops_and_evaluation_does_not() -> None:
     model = potential("direct", drop_path=0.5, attention_dropout=0.5)
     atoms = [random_crystal(seed, 3, (8, 22)) for seed in range(2)]

@@ -8,34 +8,36 @@ from matfound.nn.radial import GaussianBasis
 from matfound.nn.so3.linear import SO2Linear, SO3Linear
 from matfound.nn.so3.rotation import edge_frames, wigner
 from matfound.ops import backends
+from matfound.ops.segment import Gather
 from matfound.ops.so2 import SO2Layout
 from matfound.testing import check_op
 
-TARGET = torch.tensor([0, 0, 2, 2, 2])
+ROW = torch.tensor([0, 0, 2, 2, 2])
+TARGET = Gather(ROW, 4, None)
 LOGITS = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def test_weights_are_a_softmax_over_the_edges_of_an_atom():
-    found = attention_weights(LOGITS, TARGET, 4)
+    found = attention_weights(LOGITS, TARGET)
     for rows in (slice(0, 2), slice(2, 5)):
         assert torch.allclose(found[rows], torch.softmax(LOGITS[rows], dim=0))
-    assert torch.allclose(attention_weights(LOGITS + 1000, TARGET, 4), found)
-    assert attention_weights(LOGITS[:0], TARGET[:0], 4).shape == (0, 2)
-    check_op(lambda logits: attention_weights(logits, TARGET, 4), [LOGITS])
+    assert torch.allclose(attention_weights(LOGITS + 1000, TARGET), found)
+    assert attention_weights(LOGITS[:0], Gather.of(ROW[:0], 4)).shape == (0, 2)
+    check_op(lambda logits: attention_weights(logits, TARGET), [LOGITS])
 
 
 def test_an_envelope_takes_edges_away_smoothly():
     envelope = torch.tensor([0.3, 0.8, 0.5, 1.0, 0.0], dtype=torch.float64)
-    found = attention_weights(LOGITS, TARGET, 3, envelope)
+    found = attention_weights(LOGITS, TARGET, envelope)
     part = envelope[:, None] * torch.exp(LOGITS)
-    total = torch.zeros(3, 2, dtype=torch.float64).index_add(0, TARGET, part)[TARGET]
+    total = torch.zeros(4, 2, dtype=torch.float64).index_add(0, ROW, part)[ROW]
     assert torch.allclose(found, envelope[:, None] * part / total)
-    without = attention_weights(LOGITS[:4], TARGET[:4], 3, envelope[:4])
+    without = attention_weights(LOGITS[:4], Gather.of(ROW[:4], 4), envelope[:4])
     assert torch.allclose(found[:4], without)
     assert not found[4].any()
     # An atom all of whose edges are at the cutoff.
-    assert torch.isfinite(attention_weights(LOGITS, TARGET, 3, torch.zeros(5, dtype=torch.float64))).all()
-    check_op(lambda logits, envelope: attention_weights(logits, TARGET, 3, envelope), [LOGITS, envelope + 0.1])
+    assert torch.isfinite(attention_weights(LOGITS, TARGET, torch.zeros(5, dtype=torch.float64))).all()
+    check_op(lambda logits, envelope: attention_weights(logits, TARGET, envelope), [LOGITS, envelope + 0.1])
 
 
 def test_smooth_leaky_relu():
@@ -51,12 +53,19 @@ def test_edge_networks():
     assert torch.allclose(basis(r), expected)
     pair = PairEmbedding(10, 3).double()
     numbers = torch.tensor([1, 8, 8, 6, 1, 9])
-    inputs = pair(basis(r), numbers, numbers.flip(0))
+    source, target = Gather.of(torch.tensor([1, 2, 2, 0, 5, 5]), 6), Gather.of(torch.arange(6).flip(0), 6)
+    inputs = pair(basis(r), numbers, source, target)
     assert torch.equal(inputs[1], torch.cat([basis(r)[1], pair.source[8], pair.target[1]]))
     mlp = EdgeMLP([10, 5, 5, 2]).double()
     assert mlp(inputs).shape == (6, 2)
     assert [type(layer).__name__ for layer in mlp.layers] == ["Linear", "LayerNorm", "SiLU", "Linear", "LayerNorm", "SiLU", "Linear"]
-    check_op(lambda r: mlp(pair(basis(r), numbers, numbers)), [r])
+    check_op(lambda r: mlp(pair(basis(r), numbers, source, target)), [r])
+
+    def embedded(first, second):
+        tables = {"source": first, "target": second}
+        return torch.func.functional_call(pair, tables, (basis(r), numbers, source, target)).square()
+
+    check_op(embedded, [pair.source, pair.target])
 
 
 def test_linear_maps_keep_degrees_apart():

@@ -1,36 +1,11 @@
-"""Rows taken by an index: values, first and second derivatives."""
+"""Rows put in other places: values, first and second derivatives."""
 
-import pytest
 import torch
 
 from matfound.graphs.triplets import Edges, Padded
-from matfound.nn.gather import Exchange, Gather, pad, unpad
+from matfound.nn.gather import Exchange, pad, unpad
 
 X = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-
-
-@pytest.mark.parametrize("row", [[2, 0, 0, 3, 2], [0, 0, 1, 3]])
-def test_gather(row):
-    index = torch.tensor(row)
-    gather = Gather.of(index, 4)
-    assert torch.equal(gather(X), X[index])
-    assert torch.autograd.gradcheck(gather, X)
-    assert torch.autograd.gradgradcheck(gather, X)
-
-
-def test_sorted_rows_need_no_order():
-    index = torch.tensor([0, 0, 1, 3])
-    gather = Gather(index, 4, None, torch.tensor([0, 2, 3, 3, 4]))
-    assert torch.autograd.gradcheck(gather, X)
-    assert torch.autograd.gradgradcheck(gather, X)
-
-
-def test_rows_that_do_not_count():
-    row, order = torch.tensor([3, 1, 1, 0]), torch.tensor([3, 1])
-    gather = Gather(row, 4, order)
-    counts = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64).unsqueeze(1)
-    assert torch.autograd.gradcheck(lambda x: counts * gather(x), X)
-    assert torch.autograd.gradgradcheck(lambda x: counts * gather(x), X)
 
 
 def test_exchange():
@@ -58,5 +33,5 @@ def test_nothing():
     empty = Edges.of(nothing, nothing, torch.zeros(0, 3, dtype=torch.int64), 2)
     x = torch.zeros(0, 5, requires_grad=True)
     found = unpad(pad(x, Padded.of(empty, 0)), Padded.of(empty, 0))
-    (gradient,) = torch.autograd.grad(found.sum() + Gather.of(nothing, 0)(x).sum(), x)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
     assert gradient.shape == x.shape

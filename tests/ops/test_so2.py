@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from matfound.errors import InputError
 from matfound.nn.so3.rotation import edge_frames, packed_rotation, wigner
 from matfound.ops import backends
+from matfound.ops.segment import Gather
 from matfound.ops.so2 import SO2Layout, so2_linear, so2_rotate, so2_rotate_back
 from matfound.testing import check_op
 
@@ -20,7 +21,7 @@ def weights_of(layout: SO2Layout, channels_in: int, channels_out: int, extra: in
 
 
 def graph(edges: int, atoms: int, lmax: int, mmax: int, generator: torch.Generator):
-    source, target = (torch.randint(atoms, (edges,), generator=generator) for _ in range(2))
+    source, target = (Gather.of(torch.randint(atoms, (edges,), generator=generator), atoms) for _ in range(2))
     vectors = torch.randn(edges, 3, generator=generator, dtype=torch.float64)
     return vectors, packed_rotation(edge_frames(vectors), lmax, mmax), source, target
 
@@ -87,7 +88,7 @@ def test_linear_is_the_equation_of_its_docstring(layout, extra, edges, kind):
 def convolve(layout, x, vectors, source, target, weights, bias, gauge=None):
     rotation = packed_rotation(edge_frames(vectors, gauge), layout.lmax, layout.mmax, x.dtype)
     _, message = so2_linear(layout, so2_rotate(x, rotation, source, target), weights, bias, 1)
-    return so2_rotate_back(layout, message, rotation, target, len(x))
+    return so2_rotate_back(layout, message, rotation, target)
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (4, 2), (2, 0)])
@@ -106,7 +107,8 @@ def test_convolution_turns_with_the_structure_and_not_with_the_frame(sizes):
     turned = convolve(layout, turn_x @ x, vectors @ turn.T, source, target, weights, bias)
     assert torch.allclose(turned, turn_x @ y, atol=1e-11)
     order = torch.randperm(9, generator=generator)
-    assert torch.allclose(convolve(layout, x, vectors[order], source[order], target[order], weights, bias), y, atol=1e-12)
+    permuted = [Gather.of(gather.row[order], 4) for gather in (source, target)]
+    assert torch.allclose(convolve(layout, x, vectors[order], *permuted, weights, bias), y, atol=1e-12)
 
 
 def test_derivatives():
@@ -121,7 +123,7 @@ def test_derivatives():
         rotation = packed_rotation(edge_frames(vectors), 2, 1)
         weights[1] = last
         scalars, message = so2_linear(layout, so2_rotate(x, rotation, source, target), weights, bias, 1, radial)
-        return so2_rotate_back(layout, message * torch.sigmoid(scalars).unsqueeze(2), rotation, target, 2)
+        return so2_rotate_back(layout, message * torch.sigmoid(scalars).unsqueeze(2), rotation, target)
 
     check_op(whole, [x, vectors, bias, radial, weights[1]])
 
@@ -131,9 +133,9 @@ def test_messages_of_order_zero_alone_and_no_edges():
     _, rotation, _, target = graph(5, 3, 3, 1, generator)
     message = torch.randn(5, 4, 2, generator=generator, dtype=torch.float64)
     padded = torch.cat([message, torch.zeros(5, layout.rows - 4, 2, dtype=torch.float64)], dim=1)
-    found = so2_rotate_back(layout, message, rotation, target, 3)
-    assert torch.equal(found, so2_rotate_back(layout, padded, rotation, target, 3))
-    none = so2_rotate_back(layout, message[:0], rotation[:0], target[:0], 3)
+    found = so2_rotate_back(layout, message, rotation, target)
+    assert torch.equal(found, so2_rotate_back(layout, padded, rotation, target))
+    none = so2_rotate_back(layout, message[:0], rotation[:0], Gather.of(target.row[:0], 3))
     assert none.shape == (3, 16, 2)
     assert not none.any()
 
@@ -143,8 +145,8 @@ def test_sum_keeps_the_precision_of_the_rotation():
     _, rotation, _, target = graph(300, 1, 1, 1, generator)
     message = torch.randn(300, 4, 2, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
-        found = so2_rotate_back(layout, message, rotation.float(), target, 1)
-    exact = so2_rotate_back(layout, message.double(), rotation, target, 1)
+        found = so2_rotate_back(layout, message, rotation.float(), target)
+    exact = so2_rotate_back(layout, message.double(), rotation, target)
     assert found.dtype == torch.float32
     assert float((found - exact).abs().max()) < 0.05 * 300**0.5
 
@@ -156,5 +158,5 @@ def test_a_wrong_radial_width_and_an_unknown_backend():
     with pytest.raises(ValueError, match="expected 6 or 10"):
         so2_linear(layout, x, weights, torch.zeros(len(weights[0]), dtype=torch.float64), 0, torch.zeros(3, 7, dtype=torch.float64))
     with pytest.raises(InputError, match="no backend 'cpu'"):
-        so2_rotate_back(layout, x, x, torch.zeros(3, dtype=torch.int64), 1, backend="cpu")
+        so2_rotate_back(layout, x, x, Gather.of(torch.zeros(3, dtype=torch.int64), 1), backend="cpu")
     assert backends.get("so2_linear") is backends.get("so2_linear", "auto", torch.device("cpu"))

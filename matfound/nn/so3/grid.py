@@ -6,13 +6,16 @@ Spherical CNNs: Cohen et al., arXiv:1801.10130; in EquiformerV2: Liao et al., ar
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from matfound.errors import InputError
+from matfound.nn.activations import silu_backward
 from matfound.nn.so3.harmonics import spherical_harmonics
+from matfound.nn.so3.layout import RepeatDegrees, add_scalars
 from matfound.ops.so2 import SO2Layout
 
 
@@ -61,11 +64,60 @@ class S2Grid(nn.Module):
 
     def to_grid(self, x: Float[Tensor, "n rows channels"]) -> Float[Tensor, "n points channels"]:
         """Values of each channel's function."""
-        return torch.matmul(self.points, x)
+        return _times(self.points, x)
 
-    def from_grid(self, values: Float[Tensor, "n points channels"]) -> Float[Tensor, "n rows channels"]:
-        """Coefficients of each channel's function."""
-        return torch.matmul(self.coefficients, values)
+    def from_grid(self, values: Float[Tensor, "n points channels"], first: int = 0) -> Float[Tensor, "n some channels"]:
+        """Coefficients of each channel's function, from row `first` on."""
+        return _times(self.coefficients[first:], values)
+
+    def silu(self, x: Float[Tensor, "n rows channels"]) -> Float[Tensor, "n points channels"]:
+        """SiLU of each channel's function, point by point. For derivatives x is kept, not the values, which are made again."""
+        found: Tensor = _Pointwise.apply(x, self.points, _silu, silu_backward)
+        return found
+
+    def product(self, x: Float[Tensor, "n rows two"]) -> Float[Tensor, "n points channels"]:
+        """The product of the functions of the first and the second half of the channels; x is kept likewise."""
+        found: Tensor = _Pointwise.apply(x, self.points, _product, _product_backward)
+        return found
+
+
+def _times(matrix: Float[Tensor, "a b"], x: Float[Tensor, "n b channels"]) -> Float[Tensor, "n a channels"]:
+    """The product of one matrix with many; `torch.matmul` would copy x where it needs a gradient."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
+
+
+class _Pointwise(torch.autograd.Function):
+    """A function of the values on a grid, which are by far the largest tensor of a model and cheap to make."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, points: Tensor, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x, points)
+        values = _times(points, x)
+        ctx.derivative, ctx.dtype = derivative, values.dtype
+        return function(values)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        x, points = ctx.saved_tensors
+        points = points.to(ctx.dtype)  # autocast is off here
+        g = ctx.derivative(g, _times(points, x.to(ctx.dtype)))
+        return _times(points.T, g).to(x.dtype), None, None, None
+
+
+def _silu(values: Tensor) -> Tensor:
+    return nn.functional.silu(values, inplace=True)
+
+
+def _product(values: Tensor) -> Tensor:
+    a, b = values.chunk(2, dim=2)
+    return a * b
+
+
+def _product_backward(g: Tensor, values: Tensor) -> Tensor:
+    a, b = values.chunk(2, dim=2)
+    return torch.cat([g * b, g * a], dim=2)
 
 
 @functools.lru_cache(maxsize=32)
@@ -94,8 +146,8 @@ def _quadrature(beta: Float[Tensor, " lat"]) -> Float[Tensor, " lat"]:
     return weights / weights.sum()
 
 
-class S2Activation(nn.Module):
-    """SiLU of the function on the sphere, point by point.
+class SeparableS2Activation(nn.Module):
+    """SiLU of the function on the sphere, point by point, for l > 0; l = 0 becomes SiLU of scalars of its own (EquiformerV2, section 4.2).
 
     Args:
         grid: where.
@@ -105,21 +157,9 @@ class S2Activation(nn.Module):
         super().__init__()
         self.grid = grid
 
-    def forward(self, x: Float[Tensor, "n rows channels"]) -> Float[Tensor, "n rows channels"]:
-        """Coefficients in, coefficients out."""
-        values = self.grid.to_grid(x)
-        # By far the largest tensor of a model: in inference one of them has to do.
-        return self.grid.from_grid(nn.functional.silu(values, inplace=not values.requires_grad))
-
-
-class SeparableS2Activation(S2Activation):
-    """`S2Activation` for l > 0; l = 0 becomes SiLU of scalars of its own (EquiformerV2, section 4.2)."""
-
-    def forward(  # type: ignore[override]
-        self, scalars: Float[Tensor, "n channels"], x: Float[Tensor, "n rows channels"]
-    ) -> Float[Tensor, "n rows channels"]:
+    def forward(self, scalars: Float[Tensor, "n channels"], x: Float[Tensor, "n rows channels"]) -> Float[Tensor, "n rows channels"]:
         """Row 0 of x matters to the other rows only."""
-        return torch.cat([nn.functional.silu(scalars).unsqueeze(1), super().forward(x)[:, 1:]], dim=1)
+        return torch.cat([nn.functional.silu(scalars).unsqueeze(1), self.grid.from_grid(self.grid.silu(x), 1)], dim=1)
 
 
 class GateActivation(nn.Module):
@@ -129,17 +169,18 @@ class GateActivation(nn.Module):
         degrees: l of each row, of which the first is 0.
     """
 
-    index: Tensor
-
     def __init__(self, degrees: Sequence[int]) -> None:
         super().__init__()
         self.lmax = max(degrees)
-        self.register_buffer("index", torch.tensor([l - 1 for l in degrees[1:]], dtype=torch.int64), persistent=False)
+        self.repeat = RepeatDegrees(degrees[1:], 1)
 
     def forward(self, gates: Float[Tensor, "n gates"], x: Float[Tensor, "n rows channels"]) -> Float[Tensor, "n rows channels"]:
         """`gates` has a number for each degree l = 1 … lmax and each channel, degree by degree."""
-        factors = torch.sigmoid(gates).unflatten(1, (self.lmax, x.shape[2])) if self.lmax else x[:, :0]
-        return torch.cat([nn.functional.silu(x[:, :1]), x[:, 1:] * factors[:, self.index]], dim=1)
+        scalars, rest = x.split([1, x.shape[1] - 1], dim=1)
+        if self.lmax:
+            factors = torch.sigmoid(gates).unflatten(1, (self.lmax, x.shape[2]))
+            rest = rest * self.repeat(factors.transpose(0, 1)).transpose(0, 1)
+        return torch.cat([nn.functional.silu(scalars), rest], dim=1)
 
 
 class SeparableSwiGLU(nn.Module):
@@ -158,7 +199,6 @@ class SeparableSwiGLU(nn.Module):
 
     def forward(self, scalars: Float[Tensor, "n three"], x: Float[Tensor, "n rows two"]) -> Float[Tensor, "n rows channels"]:
         """From 2 · channels and 3 · channels scalars to channels."""
-        a, b = self.grid.to_grid(x).chunk(2, dim=2)
         first, second, gate = scalars.chunk(3, dim=1)
-        y = self.grid.from_grid(a * b) * torch.sigmoid(gate).unsqueeze(1)
-        return torch.cat([y[:, :1] + (nn.functional.silu(first) * second).unsqueeze(1), y[:, 1:]], dim=1)
+        y = self.grid.from_grid(self.grid.product(x)) * torch.sigmoid(gate).unsqueeze(1)
+        return add_scalars(y, nn.functional.silu(first) * second)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from matfound.nn.so3.layout import RepeatDegrees, degrees
 from matfound.ops.so2 import SO2Layout, so2_linear
 
 
@@ -19,20 +20,19 @@ class SO3Linear(nn.Module):
         channels_out: width of the output.
     """
 
-    degree: Tensor
-
     def __init__(self, lmax: int, channels_in: int, channels_out: int) -> None:
         super().__init__()
         bound = channels_in**-0.5
         self.weight = nn.Parameter(torch.empty(lmax + 1, channels_out, channels_in).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(channels_out))
-        self.register_buffer("degree", torch.tensor([l for l in range(lmax + 1) for _ in range(2 * l + 1)]), persistent=False)
+        self.repeat = RepeatDegrees(degrees(lmax))
 
     def forward(self, x: Float[Tensor, "atoms full channels_in"]) -> Float[Tensor, "atoms full channels_out"]:
         """Features in l-major layout."""
         # One product of all rows, with the matrices repeated: launching a product for each degree takes longer.
-        y = torch.bmm(x.transpose(0, 1), self.weight.index_select(0, self.degree).transpose(1, 2))
-        return torch.cat([y[:1] + self.bias, y[1:]]).transpose(0, 1)
+        y = torch.bmm(x.transpose(0, 1), self.repeat(self.weight).transpose(1, 2))
+        scalars, rest = y.split([1, len(y) - 1])
+        return torch.cat([scalars + self.bias, rest]).transpose(0, 1)
 
 
 class SO2Linear(nn.Module):
