@@ -1,8 +1,7 @@
 """Periodic radius graphs: which atoms are within a cutoff of which images of which others.
 
-A search finds candidate pairs, a little beyond the cutoff: pymatgen's compiled cell list on the CPU; on a GPU a comparison of all pairs of
-a whole batch, and for structures too large for that vesin, or nvalchemi-toolkit-ops where it is installed. One selection then recomputes
-every distance and decides which candidates are edges and in which order, so that the graph is the same whichever search found them.
+A search (`matfound.graphs.search`) finds candidate pairs, a little beyond the largest cutoff. One selection recomputes every distance and
+decides which candidates are edges and in which order, so that graphs are the same whichever search found them; each is a part of it.
 """
 
 import dataclasses
@@ -54,7 +53,7 @@ def radius_graph(pos: Float[Tensor, "atoms 3"], cell: Float[Tensor, "3 3"], pbc:
     Raises:
         InputError: positions that are not finite, two atoms in one place, a periodic cell without volume, or a GPU without vesin.
     """
-    geometry = _geometry(AtomicData(numbers=pos, pos=pos, cell=cell[None], pbc=pbc[None]))
+    geometry = Geometry.of(pos, cell[None], pbc[None])
     return _select(find_pairs(geometry, spec.cutoff), geometry, spec.cutoff).graph(spec)
 
 
@@ -98,28 +97,19 @@ def edge_vectors(batch: AtomicData, graph: str = "main") -> Float[Tensor, "edges
 def _geometry(data: AtomicData) -> Geometry:
     if "pos" not in data:
         raise _no_positions(data, 0)
-    device = data.pos.device
-    batch = data.batch if data.is_batch else torch.zeros(data.num_nodes, dtype=torch.int64, device=device)
-    starts = torch.searchsorted(batch, torch.arange(data.num_systems + 1, device=device))
-    return Geometry(data.pos.detach().double(), data.cell.detach().double(), data.pbc, batch, starts)
+    return Geometry.of(data.pos, data.cell, data.pbc, data.batch if data.is_batch else None)
 
 
 def _set_graphs(data: AtomicData, graphs: Mapping[str, GraphSpec], geometry: Geometry, pairs: Pairs) -> AtomicData:
     edges = _select(pairs, geometry, max(spec.cutoff for spec in graphs.values()))
-    made: dict[GraphSpec, tuple[Graph, Tensor]] = {}
+    made = {spec: edges.graph(spec) for spec in dict.fromkeys(graphs.values())}
     for name, spec in graphs.items():
-        if spec not in made:
-            graph = edges.graph(spec)
-            if data.num_systems == 1:
-                counts = torch.full((1,), len(graph.edge_shift), device=geometry.pos.device)
-            else:
-                counts = torch.searchsorted(graph.edge_index[1], geometry.starts).diff()
-            made[spec] = graph, counts
-        graph, counts = made[spec]
-        for field, value in graph._asdict().items():
+        for field, value in made[spec]._asdict().items():
             data[graph_key(field, name)] = value
-        if data.is_batch:
-            data[graph_key("nedges", name)] = counts
+        if data.is_batch and data.num_systems == 1:
+            data[graph_key("nedges", name)] = torch.full((1,), len(made[spec].edge_shift), device=geometry.pos.device)
+        elif data.is_batch:
+            data[graph_key("nedges", name)] = torch.searchsorted(made[spec].edge_index[1], geometry.starts).diff()
     return data
 
 
@@ -138,7 +128,7 @@ def _vectors(pos: Tensor, cell: Tensor, batch: Tensor | None, pairs: Pairs) -> T
     """
     (source, target), shift = pairs.ends, pairs.shift
     vectors = pos.index_select(0, source) - pos.index_select(0, target)
-    cells = cell.index_select(0, batch[target]) if batch is not None and len(cell) > 1 else cell
+    cells = cell.index_select(0, batch.index_select(0, target)) if batch is not None and len(cell) > 1 else cell
     for k, steps in enumerate(shift.to(pos.dtype).split(1, dim=1)):
         vectors = vectors + steps * cells[:, k]
     return vectors
@@ -214,7 +204,7 @@ def _select(pairs: Pairs, geometry: Geometry, cutoff: float) -> _Edges:
     squared = x + y + z
     itself = (pairs.source == pairs.target) & ~pairs.shift.any(1)
     distance = squared.sqrt().masked_fill(itself, torch.inf)
-    # By distance, then by target, where what is no edge comes last.
+    # By distance, then by target, where what is no edge comes last. Ties keep the order of candidates, if they have any.
     distances, order = _sort(distance, stable=pairs.ordered)
     target, by_target = _sort(pairs.target.masked_fill(distance >= cutoff, len(pos)).index_select(0, order))
     starts = torch.searchsorted(target, torch.arange(len(pos) + 1, device=device))

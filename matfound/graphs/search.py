@@ -1,7 +1,8 @@
 """Pairs of atoms and of images of atoms that are about within a distance of one another: what graphs are selected from.
 
 pymatgen's compiled cell list finds them on the CPU; on a GPU a comparison of all pairs of a whole batch, and for structures too large for
-that vesin, or nvalchemi-toolkit-ops where it is installed.
+that vesin, or nvalchemi-toolkit-ops where it is installed. For small batches a GPU's time is nothing and the host's is that of starting
+operations and of waiting for their results, so that they are few: what is needed of cells comes to the CPU once, where sizes follow.
 """
 
 import importlib.util
@@ -44,13 +45,16 @@ class Pairs(NamedTuple):
 
     @property
     def source(self) -> Int[Tensor, " pairs"]:
+        """The atom whose image is seen."""
         return self.ends[0]
 
     @property
     def target(self) -> Int[Tensor, " pairs"]:
+        """The atom that it is seen from."""
         return self.ends[1]
 
     def take(self, rows: Int[Tensor, " rows"]) -> "Pairs":
+        """Some of the pairs, in their order."""
         return self._replace(ends=self.ends.index_select(1, rows), shift=self.shift.index_select(0, rows))
 
 
@@ -70,6 +74,13 @@ class Geometry(NamedTuple):
     pbc: Bool[Tensor, "systems 3"]
     batch: Int[Tensor, " atoms"]
     starts: Int[Tensor, " systems_and_one"]
+
+    @classmethod
+    def of(cls, pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor | None = None) -> "Geometry":
+        """In float64, without gradients; of one structure if `batch` is None."""
+        batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device) if batch is None else batch
+        starts = torch.searchsorted(batch, torch.arange(len(cell) + 1, device=pos.device))
+        return cls(pos.detach().double(), cell.detach().double(), pbc, batch, starts)
 
 
 class Cells(NamedTuple):
@@ -111,7 +122,11 @@ class Cells(NamedTuple):
 
 
 def find_pairs(geometry: Geometry, radius: float) -> Pairs:
-    """All pairs within `radius` and some more."""
+    """All pairs within `radius` (Å) and some more, those of an atom with itself perhaps among them.
+
+    Raises:
+        InputError: see `matfound.graphs.neighbors.radius_graph`.
+    """
     pos, _, pbc, batch, _ = geometry
     if not len(pos):
         return _empty(pos.device)

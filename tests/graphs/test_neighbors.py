@@ -12,7 +12,6 @@ from ase.geometry import complete_cell
 from ase.neighborlist import neighbor_list, primitive_neighbor_list
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from matfound import unpickle
 from matfound.errors import InputError
@@ -658,32 +657,15 @@ def test_ties_have_their_order_without_being_looked_for(chosen, monkeypatch):
     assert_same(add_graphs(batch, EVERY_KIND), expected)
 
 
-class Count(TorchDispatchMode):
-    """Operations that compute something, and those that a GPU is waited for, but for copies to the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.waits = 0
-
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        if not (func.is_view or name.startswith(("detach", "lift_fresh"))):
-            self.calls += 1
-            self.waits += name.startswith(("nonzero", "_local_scalar", "masked_select", "bincount", "equal", "_unique", "linalg_inv"))
-            self.waits += name.startswith("repeat_interleave") and not (kwargs or {}).get("output_size")
-            self.waits += name.startswith("index.Tensor") and any(index is not None and index.dtype == torch.bool for index in args[1])
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("copies", [1, 3])
-def test_graphs_on_a_gpu_are_few_operations(copies, monkeypatch):
+def test_graphs_on_a_gpu_are_few_operations(copies, counting, monkeypatch):
     """Each costs the host more time than the GPU."""
     batch = collate([datum(rattled(number)) for number in [1, 2, 1][:copies]])
     specs = {"main": GraphSpec(6.0, 20), "a2a": GraphSpec(6.0, 1000), "a2ee2a": GraphSpec(5.0, 15), "qint": GraphSpec(6.0, 8)}
     monkeypatch.setattr(search, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(neighbors, "_sort", torch.sort)
     monkeypatch.setattr(neighbors, "_argsort", lambda key: torch.argsort(key, stable=True))
-    with Count() as count:
+    with counting() as count:
         add_graphs(batch, specs)
     assert count.calls <= 120
     assert count.waits == 4, "the pairs, and three graphs that are a part of them"

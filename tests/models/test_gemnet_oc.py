@@ -124,6 +124,20 @@ def test_tags():
     assert quads(small(quadruplet_tags=[0, 1, 2]), [partly]) == untagged
 
 
+def test_indices_are_few_operations(counting):
+    """On a GPU each costs the host more time than the GPU."""
+    potential = small()
+    for count in (1, 3):
+        structures = [atoms.copy() for atoms in crystals()[:count]]
+        for atoms in structures:
+            atoms.set_tags(1)
+        batch = collate([prepare(potential, atoms) for atoms in structures])
+        with counting() as found:
+            potential.backbone.indices(batch)
+        assert found.calls <= 110
+        assert found.waits == 2, "main and middle edges; that for numbers of edges is none on a CPU"
+
+
 def test_forces_that_add_up():
     out = evaluate(small(coupled=True).double().eval(), crystals()[0])
     assert out["forces"].abs().max() > 0.01
