@@ -21,6 +21,9 @@ GROUPS = (0, *(2**n for n in range(2, 31)))
 #: Lattice shifts are the digits of a number to this base: images of neighbouring atoms are less than 4,096 cells apart.
 BASE = 2**13
 
+#: By how much places may be wider than an atom's edges are many.
+SPARE = 8
+
 
 class Edges(NamedTuple):
     """Edges sorted by target.
@@ -29,7 +32,7 @@ class Edges(NamedTuple):
         ends: source and target of each edge.
         shift: lattice image of the source.
         starts: where the edges of each target begin, and the last one's end.
-        number: 0, 1, 2 and so on, more than twice the number of edges and more than atoms; graphs share it, and everything made of them.
+        number: see `numbers`; graphs share it, and everything that is made of them.
     """
 
     ends: Int[Tensor, "2 edges"]
@@ -41,7 +44,7 @@ class Edges(NamedTuple):
     def of(cls, ends: Tensor, shift: Tensor, num_atoms: int, number: Tensor | None = None) -> "Edges":
         """Of edges that are sorted by target already."""
         if number is None:
-            number = torch.arange(max(2 * ends.shape[1], num_atoms) + 1, device=ends.device)
+            number = numbers(ends.shape[1], num_atoms, ends.device)
         return cls(ends, shift, torch.searchsorted(ends[1], number[: num_atoms + 1]), number)
 
     @property
@@ -165,6 +168,7 @@ class Grouped(NamedTuple):
 
 def _places(edges: Edges, first: Tensor, end: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(targets, width) edges side by side, from the first of each target on, and which are its own."""
+    assert width <= len(edges.number)
     row = first.unsqueeze(1) + edges.number[:width]
     return row.clamp(max=max(len(edges.target) - 1, 0)), row < end.unsqueeze(1)
 
@@ -183,6 +187,11 @@ class Quadruplets(NamedTuple):
     mask: Bool[Tensor, "middles width width"]
     outer: Bool[Tensor, "edges places"]
     rows: Int[Tensor, "edges places"]
+
+
+def numbers(edges: int, atoms: int, device: torch.device) -> Int[Tensor, " numbers"]:
+    """0, 1, 2 and so on: one for each of so many edges and their opposites and for each atom, and some to spare for wider places."""
+    return torch.arange(max(2 * edges, atoms) + SPARE, device=device)
 
 
 def segment_starts(index: Int[Tensor, " rows"], size: int) -> Int[Tensor, " size_and_one"]:

@@ -18,6 +18,7 @@ from matfound.graphs.triplets import (
     Symmetric,
     degrees,
     mixed_triplets,
+    numbers,
     quadruplets,
     symmetrised,
     triplets,
@@ -221,8 +222,7 @@ def _middles(main: Padded, places: Padded, rows: Tensor) -> Middles:
 
 def _edges(batch: AtomicData, graphs: Sequence[str]) -> dict[str, Edges]:
     ends = {name: batch[graph_key("edge_index", name)] for name in graphs}
-    most = max(2 * index.shape[1] for index in ends.values())
-    number = torch.arange(max(most, batch.num_nodes) + 1, device=batch.numbers.device)
+    number = numbers(max(index.shape[1] for index in ends.values()), batch.num_nodes, batch.numbers.device)
     return {name: Edges.of(index, batch[graph_key("edge_shift", name)], batch.num_nodes, number) for name, index in ends.items()}
 
 
