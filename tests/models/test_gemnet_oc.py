@@ -128,11 +128,11 @@ def test_tags():
 def test_places_may_be_more_than_edges():
     """One atom has one edge, and the number of places is rounded up."""
     potential = small(max_neighbors=1, max_neighbors_quadruplets=1, max_neighbors_atom_edges=1, max_neighbors_atoms=1)
-    batch = collate([prepare(potential, bulk("Cu", "fcc", a=3.6))])
+    batch = collate([prepare(potential, bulk("Al", "fcc", a=3.6))])
     assert batch.edge_index.shape == (2, 1)
     index = potential.backbone.indices(batch)
     assert index.atom_edges.places.row.shape == (1, 4)
-    evaluate(potential, [bulk("Cu", "fcc", a=3.6)])
+    evaluate(potential, [bulk("Al", "fcc", a=3.6)])
 
 
 def test_indices_are_few_operations(counting):
