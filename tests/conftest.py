@@ -60,6 +60,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def counting() -> type:
+    """A context that counts the operations that compute something, and those whose results a GPU would be waited for."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    waiting = ("nonzero", "_local_scalar", "masked_select", "bincount", "equal", "_unique", "linalg_inv")
+
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = self.waits = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func).removeprefix("aten.")
+            if not (func.is_view or name.startswith(("detach", "lift_fresh", "scalar_tensor"))):
+                masks = args[1] if name.startswith("index.Tensor") else ()
+                sized = not name.startswith("repeat_interleave") or "output_size" in (kwargs or {})
+                self.calls += 1
+                self.waits += name.startswith(waiting) or not sized or any(mask is not None and mask.dtype.itemsize == 1 for mask in masks)
+            return func(*args, **(kwargs or {}))
+
+    return Count
+
+
+@pytest.fixture(scope="session")
 def morse() -> ModuleType:
     """The analytic oracle `inference/morse.py`: `potential(...)`, `oracle(atoms)`."""
     # With --import-mode=importlib, tests do not see each other's modules.

@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "cutoff off by 10 %",
         "matfound/graphs/neighbors.py",
-        "squared.sqrt() < spec.cutoff",
-        "squared.sqrt() < 0.9 * spec.cutoff",
+        "distance >= cutoff",
+        "distance >= 0.9 * cutoff",
         ("tests/graphs/test_neighbors.py::test_edges_by_brute_force",),
     ),
     Mutant(

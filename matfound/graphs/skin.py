@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from matfound.errors import InputError
-from matfound.graphs.neighbors import _argsort, _Geometry, _geometry, _lattices, _Pairs, _search, _set_graphs
+from matfound.graphs.neighbors import _argsort, _geometry, _set_graphs
+from matfound.graphs.search import Geometry, Pairs, find_pairs, full_lattices
 from matfound.graphs.spec import GraphSpec
 from matfound.structures.atomic_data import AtomicData
 
@@ -29,9 +30,10 @@ class Origin(NamedTuple):
     batch: Int[Tensor, " atoms"]
 
     @classmethod
-    def of(cls, geometry: _Geometry) -> "Origin":
+    def of(cls, geometry: Geometry) -> "Origin":
         """The present place, in tensors of its own."""
-        inverse = torch.linalg.inv(_lattices(geometry.cell, geometry.pbc)).to(geometry.pos.device)
+        lattices = full_lattices(geometry.cell.cpu().numpy(), geometry.pbc.cpu().numpy())
+        inverse = torch.linalg.inv(torch.from_numpy(lattices)).to(geometry.pos.device)
         return cls(geometry.pos.clone(), geometry.cell.clone(), inverse * geometry.pbc[:, None, :], geometry.batch.clone())
 
     def slack(
@@ -69,7 +71,7 @@ class SkinList:
         self.skin = skin
         #: How often candidates were searched for.
         self.searches = 0
-        self._found: tuple[_Pairs, Origin, Tensor, Tensor] | None = None
+        self._found: tuple[Pairs, Origin, Tensor, Tensor] | None = None
 
     def update(self, data: AtomicData) -> AtomicData:
         """Set the graphs of `data` in place, as `add_graphs` does, and return it."""
@@ -78,7 +80,7 @@ class SkinList:
         geometry = _geometry(data)
         if self._found is None or self._moved(self._found, geometry, data.numbers):
             self._found = None  # nothing is kept should the search fail
-            pairs = _search(geometry, self._cutoff + self.skin)
+            pairs = find_pairs(geometry, self._cutoff + self.skin)
             self._found = (pairs, Origin.of(geometry), geometry.pbc.clone(), data.numbers.clone())
             self.searches += 1
         return _set_graphs(data, self.graphs, geometry, self._found[0])
@@ -87,7 +89,7 @@ class SkinList:
     def _cutoff(self) -> float:
         return max(spec.cutoff for spec in self.graphs.values())
 
-    def _moved(self, found: tuple[_Pairs, Origin, Tensor, Tensor], geometry: _Geometry, numbers: Tensor) -> bool:
+    def _moved(self, found: tuple[Pairs, Origin, Tensor, Tensor], geometry: Geometry, numbers: Tensor) -> bool:
         _, origin, pbc, reference = found
         if origin.pos.device != geometry.pos.device or reference.shape != numbers.shape or pbc.shape != geometry.pbc.shape:
             return True
@@ -127,7 +129,7 @@ class PaddedEdges:
         matrix = torch.zeros(1, 3, 3, dtype=torch.float64, device=device)
         self.origin = Origin(matrix.new_zeros(atoms, 3), matrix, matrix.clone(), torch.zeros(atoms, dtype=torch.int64, device=device))
 
-    def set(self, pairs: _Pairs, origin: Origin) -> None:
+    def set(self, pairs: Pairs, origin: Origin) -> None:
         """Take these pairs, of which there are at most `capacity`."""
         atoms, spare = len(self.origin.pos), self.capacity - len(pairs.source)
         padding = torch.div(self._number[:spare] * atoms, max(spare, 1), rounding_mode="floor")
@@ -150,13 +152,13 @@ class PaddedEdges:
         return torch.addmm(pos.index_select(0, source) - pos.index_select(0, target), self.steps, frame)
 
 
-def search_pairs(data: AtomicData, cutoff: float, skin: float) -> tuple[_Pairs, Origin]:
+def search_pairs(data: AtomicData, cutoff: float, skin: float) -> tuple[Pairs, Origin]:
     """All pairs within cutoff + skin of one structure or a batch, in any order, and where it is.
 
     Raises:
         InputError: as `matfound.graphs.neighbors.add_graphs`.
     """
     geometry = _geometry(data)
-    pairs = _search(geometry, cutoff + skin)
+    pairs = find_pairs(geometry, cutoff + skin)
     other = (pairs.source != pairs.target) | (pairs.shift != 0).any(1)
     return pairs.take(torch.nonzero(other).squeeze(1)), Origin.of(geometry)

@@ -6,11 +6,14 @@ triplets are matrix products for each atom: nothing is listed. Everything is bui
 from edges sorted by target, and has the same order in every run.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 #: Largest numbers of edges in groups of targets (`Grouped`).
@@ -18,37 +21,50 @@ GROUPS = (0, *(2**n for n in range(2, 31)))
 #: Lattice shifts are the digits of a number to this base: images of neighbouring atoms are less than 4,096 cells apart.
 BASE = 2**13
 
+#: By how much places may be wider than an atom's edges are many.
+SPARE = 8
+
 
 class Edges(NamedTuple):
     """Edges sorted by target.
 
     Args:
-        source: atom of each edge.
-        target: likewise.
+        ends: source and target of each edge.
         shift: lattice image of the source.
         starts: where the edges of each target begin, and the last one's end.
+        number: see `numbers`; graphs share it, and everything that is made of them.
     """
 
-    source: Int[Tensor, " edges"]
-    target: Int[Tensor, " edges"]
+    ends: Int[Tensor, "2 edges"]
     shift: Int[Tensor, "edges 3"]
     starts: Int[Tensor, " atoms_and_one"]
+    number: Int[Tensor, " numbers"]
 
     @classmethod
-    def of(cls, source: Tensor, target: Tensor, shift: Tensor, num_atoms: int) -> "Edges":
+    def of(cls, ends: Tensor, shift: Tensor, num_atoms: int, number: Tensor | None = None) -> "Edges":
         """Of edges that are sorted by target already."""
-        return cls(source, target, shift, segment_starts(target, num_atoms))
+        if number is None:
+            number = numbers(ends.shape[1], num_atoms, ends.device)
+        return cls(ends, shift, torch.searchsorted(ends[1], number[: num_atoms + 1]), number)
+
+    @property
+    def source(self) -> Int[Tensor, " edges"]:
+        """The atom that each edge comes from."""
+        return self.ends[0]
+
+    @property
+    def target(self) -> Int[Tensor, " edges"]:
+        """And the one that it goes to."""
+        return self.ends[1]
+
+    @property
+    def keys(self) -> Int[Tensor, " edges"]:
+        """A number for the source and its image (`image_key`)."""
+        return image_key(self.source, self.shift)
 
     def take(self, rows: Int[Tensor, " rows"]) -> "Edges":
         """Some of the edges, in their order."""
-        source, target, shift = (tensor.index_select(0, rows) for tensor in self[:3])
-        return Edges.of(source, target, shift, len(self.starts) - 1)
-
-    @property
-    def most(self) -> Int[Tensor, ""]:
-        """The largest number of edges of one target."""
-        counts = self.starts.diff()
-        return counts.max() if len(counts) else self.starts.sum()
+        return Edges.of(self.ends.index_select(1, rows), self.shift.index_select(0, rows), len(self.starts) - 1, self.number)
 
 
 class Symmetric(NamedTuple):
@@ -63,34 +79,39 @@ class Symmetric(NamedTuple):
 
     edges: Edges
     origin: Int[Tensor, " edges"]
-    sign: Float[Tensor, " edges"]
+    sign: Int[Tensor, " edges"]
     swap: Int[Tensor, " edges"]
 
 
-class Padded(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Padded:
     """Edges side by side for each target.
 
     Args:
-        row: the edge in each place; where there is none, another one, of the same target if it has any.
+        edges: what is padded.
+        row: the edge in each place; where there is none, another one.
         valid: whether there is one.
-        place: the place of each edge, in a row of atoms · width places.
-        key: a number for the source and its image (`image_key`).
+        slot: which of its target's places each edge has.
+        place: likewise, in a row of atoms · width places.
     """
 
+    edges: Edges
     row: Int[Tensor, "atoms width"]
     valid: Bool[Tensor, "atoms width"]
+    slot: Int[Tensor, " edges"]
     place: Int[Tensor, " edges"]
-    key: Int[Tensor, "atoms width"]
 
     @classmethod
     def of(cls, edges: Edges, width: int) -> "Padded":
         """Of edges of which no target has more than `width`."""
-        first, device = edges.starts[:-1, None], edges.starts.device
-        row = first + torch.arange(width, device=device)
-        valid = row < edges.starts[1:, None]
-        row = torch.minimum(row, edges.starts[1:, None] - 1).clamp(min=0)
-        place = torch.arange(len(edges.target), device=device) - edges.starts.index_select(0, edges.target)
-        return cls(row, valid, torch.add(place, edges.target, alpha=width), image_key(edges.source, edges.shift)[row])
+        row, valid = _places(edges, edges.starts[:-1], edges.starts[1:], width)
+        slot = edges.number[: len(edges.target)] - edges.starts.index_select(0, edges.target)
+        return cls(edges, row, valid, slot, torch.add(slot, edges.target, alpha=width))
+
+    @functools.cached_property
+    def key(self) -> Int[Tensor, "atoms width"]:
+        """A number for the source in each place, and its image."""
+        return self.edges.keys[self.row]
 
 
 class Grouped(NamedTuple):
@@ -98,7 +119,7 @@ class Grouped(NamedTuple):
     however different the numbers of edges are.
 
     Args:
-        row: the edge in each place, group after group; where there is none, another one of the same target.
+        row: the edge in each place, group after group; where there is none, another one.
         valid: whether there is one.
         place: the place of each edge.
         sizes: targets and places of each of them, for each group.
@@ -112,26 +133,28 @@ class Grouped(NamedTuple):
     back: Int[Tensor, " atoms"] | None
 
     @classmethod
-    def of(cls, edges: Edges, counts: Sequence[int], most: int) -> "Grouped":
-        """Of edges of which no target has more than `most`; `counts` is the `degrees` of the edges."""
-        known = [(count, min(size, most)) for count, size in zip(counts, GROUPS, strict=True) if count] or [(0, 0)]
-        degrees, device = edges.starts.diff(), edges.starts.device
-        order = torch.argsort(degrees, stable=True) if len(known) > 1 else torch.arange(len(degrees), device=device)
-        rows, valid, first, begin, start = [], [], [], 0, 0
-        for count, width in known:
-            atoms = order[begin : begin + count]
-            row = edges.starts.index_select(0, atoms).unsqueeze(1) + torch.arange(width, device=device)
-            end = edges.starts.index_select(0, atoms + 1).unsqueeze(1)
-            valid.append((row < end).flatten())
-            rows.append(torch.minimum(row, end - 1).flatten())
-            first.append(torch.arange(count, device=device) * width + start)
-            begin, start = begin + count, start + count * width
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device)) if len(known) > 1 else None
-        places = torch.cat(first)
-        places = places if back is None else places.index_select(0, back)
-        within = torch.arange(len(edges.target), device=device) - edges.starts.index_select(0, edges.target)
-        place = places.index_select(0, edges.target) + within
-        return cls(torch.cat(rows), torch.cat(valid), place, tuple(known), back)
+    def of(cls, edges: Edges, degrees: Int[np.ndarray, " atoms"], most: int) -> "Grouped":
+        """Of edges of which no target has more than `most`; `degrees` are how many each has."""
+        counts = np.bincount(np.searchsorted(GROUPS, degrees), minlength=len(GROUPS)).tolist()
+        sizes = tuple((count, min(size, most)) for count, size in zip(counts, GROUPS, strict=True) if count) or ((0, 0),)
+        if len(sizes) == 1:
+            places = Padded.of(edges, sizes[0][1])
+            return cls(places.row.flatten(), places.valid.flatten(), places.place, sizes, None)
+        # Where targets begin and end, in the order of groups, and for each target where it is in them and what takes its edges to places.
+        order, ends = np.argsort(degrees, kind="stable"), np.cumsum(degrees)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        spans = np.repeat([width for _, width in sizes], [count for count, _ in sizes])
+        offset = (np.cumsum(spans) - spans)[back] - (ends - degrees)
+        table = torch.from_numpy(np.stack([(ends - degrees)[order], ends[order], back, offset])).to(edges.starts.device)
+        groups, begin = [], 0
+        for count, width in sizes:
+            first, end = table[:2, begin : begin + count]
+            groups.append([part.flatten() for part in _places(edges, first, end, width)])
+            begin += count
+        row, valid = (torch.cat(parts) for parts in zip(*groups, strict=True))
+        place = edges.number[: len(edges.target)] + table[3].index_select(0, edges.target)
+        return cls(row, valid, place, sizes, table[2])
 
     def split(self, x: Shaped[Tensor, "places *d"]) -> list[Tensor]:
         """What is in the places, (atoms, width, …) for each group."""
@@ -141,6 +164,13 @@ class Grouped(NamedTuple):
     def joined(self, parts: Sequence[Shaped[Tensor, "_ *d"]]) -> Shaped[Tensor, "atoms *d"]:
         """What targets have, group after group, in their own order."""
         return parts[0] if self.back is None else torch.cat(list(parts)).index_select(0, self.back)
+
+
+def _places(edges: Edges, first: Tensor, end: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(targets, width) edges side by side, from the first of each target on, and which are its own."""
+    assert width <= len(edges.number)
+    row = first.unsqueeze(1) + edges.number[:width]
+    return row.clamp(max=max(len(edges.target) - 1, 0)), row < end.unsqueeze(1)
 
 
 class Quadruplets(NamedTuple):
@@ -157,6 +187,11 @@ class Quadruplets(NamedTuple):
     mask: Bool[Tensor, "middles width width"]
     outer: Bool[Tensor, "edges places"]
     rows: Int[Tensor, "edges places"]
+
+
+def numbers(edges: int, atoms: int, device: torch.device) -> Int[Tensor, " numbers"]:
+    """0, 1, 2 and so on: one for each of so many edges and their opposites and for each atom, and some to spare for wider places."""
+    return torch.arange(max(2 * edges, atoms) + SPARE, device=device)
 
 
 def segment_starts(index: Int[Tensor, " rows"], size: int) -> Int[Tensor, " size_and_one"]:
@@ -183,36 +218,27 @@ def symmetrised(edges: Edges) -> Symmetric:
     is kept. That is the rule of the published models.
     """
     kept = torch.nonzero(image_key(edges.target - edges.source, edges.shift) > 0).squeeze(1)
-    source, target, shift = (tensor.index_select(0, kept) for tensor in edges[:3])
-    both = torch.cat([target, source])
-    ends, order = torch.sort(both, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
+    chosen = edges.ends.index_select(1, kept)
+    # All that are kept, then all opposites; sorted by target.
+    target, order = torch.sort(chosen.flip(0).flatten(), stable=True)
+    place = torch.empty_like(order).scatter_(0, order, edges.number[: len(order)])
     swap = place.roll(-len(kept)).index_select(0, order)
-    sign = torch.where(order < len(kept), 1.0, -1.0)
-    source, shift = torch.cat([source, target]).index_select(0, order), torch.cat([shift, -shift]).index_select(0, order)
-    symmetric = Edges.of(source, ends, shift, len(edges.starts) - 1)
-    return Symmetric(symmetric, torch.cat([kept, kept]).index_select(0, order), sign, swap)
+    origin, sign = torch.cat([kept, kept]).index_select(0, order), torch.where(order < len(kept), 1, -1)
+    ends = torch.stack([chosen.flatten().index_select(0, order), target])
+    shift = edges.shift.index_select(0, origin) * sign.unsqueeze(1)
+    return Symmetric(Edges.of(ends, shift, len(edges.starts) - 1, edges.number), origin, sign, swap)
 
 
-def widths(graphs: Iterable[Edges], grouped: Edges | None = None) -> tuple[list[int], list[int]]:
-    """The largest number of edges of one target, of each graph, and the `degrees` of one. Waits for the device, once."""
-    found = torch.stack([edges.most for edges in graphs])
-    numbers: list[int] = (found if grouped is None else torch.cat([found, degrees(grouped)])).tolist()
-    return numbers[: len(found)], numbers[len(found) :]
-
-
-def degrees(edges: Edges) -> Int[Tensor, " groups"]:
-    """How many targets have so many edges, by `GROUPS`."""
-    counts = edges.starts.diff()
-    group = torch.bucketize(counts, torch.tensor(GROUPS, device=counts.device))
-    return torch.zeros(len(GROUPS), dtype=torch.int64, device=counts.device).index_add(0, group, torch.ones_like(counts))
+def degrees(graphs: Sequence[Edges]) -> Int[np.ndarray, "graphs atoms"]:
+    """How many edges each target has, on the CPU. Waits for the device, once."""
+    return np.diff(torch.stack([edges.starts for edges in graphs]).cpu().numpy())
 
 
 def triplets(edges: Padded) -> Bool[Tensor, "atoms out in"]:
     """Pairs (c → a, b → a) of different edges of one graph with the same target."""
     both = edges.valid.unsqueeze(2) & edges.valid.unsqueeze(1)
-    return both & ~torch.eye(both.shape[1], dtype=torch.bool, device=both.device)
+    both.diagonal(dim1=1, dim2=2).fill_(False)
+    return both
 
 
 def mixed_triplets(outgoing: Padded, incoming: Padded) -> Bool[Tensor, "atoms out in"]:
@@ -220,24 +246,23 @@ def mixed_triplets(outgoing: Padded, incoming: Padded) -> Bool[Tensor, "atoms ou
     return outgoing.valid.unsqueeze(2) & incoming.valid.unsqueeze(1) & (outgoing.key.unsqueeze(2) != incoming.key.unsqueeze(1))
 
 
-def quadruplets(edges: Edges, main: Padded, middles: Edges, places: Padded) -> Quadruplets:
+def quadruplets(main: Padded, places: Padded) -> Quadruplets:
     """Chains d → b → a ← c of four atoms; images count.
 
     Args:
-        edges: the main graph.
-        main: its places.
-        middles: of any graph.
-        places: their places.
+        main: places of the main graph.
+        places: of middle edges, which may be any graph's.
     """
+    edges, middles = main.edges, places.edges
     source, target = middles.source, middles.target
     step = shift_key(middles.shift)
-    # d and c as seen from a.
-    d = main.key.index_select(0, source) + step.unsqueeze(1)
-    c = main.key.index_select(0, target)
-    inner = main.valid.index_select(0, source) & (d != (target * BASE**3).unsqueeze(1))
-    outer = main.valid.index_select(0, target) & (c != torch.add(step, source, alpha=BASE**3).unsqueeze(1))
+    # d and c as seen from a, and whether there are any.
+    d, c = main.key.index_select(0, middles.ends.flatten()).unflatten(0, middles.ends.shape)
+    inner, outer = main.valid.index_select(0, middles.ends.flatten()).unflatten(0, middles.ends.shape)
+    d = d + step.unsqueeze(1)
+    inner = inner & (d != (target * BASE**3).unsqueeze(1))
+    outer = outer & (c != torch.add(step, source, alpha=BASE**3).unsqueeze(1))
     mask = outer.unsqueeze(2) & inner.unsqueeze(1) & (c.unsqueeze(2) != d.unsqueeze(1))
-    width = main.row.shape[1]
     row, valid = places.row.index_select(0, edges.target), places.valid.index_select(0, edges.target)
-    rows = torch.add((main.place - edges.target * width).unsqueeze(1), row, alpha=width)
+    rows = torch.add(main.slot.unsqueeze(1), row, alpha=main.row.shape[1])
     return Quadruplets(inner, mask, valid & outer.flatten()[rows], rows)

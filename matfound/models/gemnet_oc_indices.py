@@ -1,6 +1,7 @@
 """Edges, triplets and quadruplets of a batch, as GemNet-OC's layers take them; see `matfound.graphs.triplets`."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,12 @@ from matfound.graphs.triplets import (
     Padded,
     Quadruplets,
     Symmetric,
+    degrees,
     mixed_triplets,
+    numbers,
     quadruplets,
-    segment_starts,
     symmetrised,
     triplets,
-    widths,
 )
 from matfound.nn.gather import Exchange
 from matfound.ops.segment import Gather
@@ -160,15 +161,15 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
         edge_atom: and from edges to atoms.
     """
     atoms = batch.num_nodes
-    edges = {name: _edges(batch, name) for name in graphs}
+    edges = _edges(batch, graphs)
     main = symmetrised(edges[MAIN_GRAPH])
     edges[MAIN_GRAPH] = main.edges
     rows = None
     if MIDDLES in edges:
-        rows = torch.nonzero(_tagged(batch, edges[MIDDLES], tags)).squeeze(1)
+        rows = _middle_rows(batch, edges[MIDDLES], tags)
         edges[MIDDLES] = edges[MIDDLES].take(rows)
-    known, counts = widths(edges.values(), edges.get(ATOMS))
-    most = {name: -(-width // ROUND) * ROUND for name, width in zip(edges, known, strict=True)}
+    counts = dict(zip(edges, degrees(list(edges.values())), strict=True))
+    most = {name: -(-int(found.max(initial=0)) // ROUND) * ROUND for name, found in counts.items()}
     places = {name: Padded.of(found, most[name]) for name, found in edges.items() if name != ATOMS}
     on_main = places[MAIN_GRAPH]
     # An edge's opposite has its source as target: swapped, edges are sorted by source.
@@ -180,12 +181,16 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
             found, by_source = edges[name].source, getattr(batch, graph_key("edge_perm", name), None)
             gather = Gather.of(found, atoms) if by_source is None else Gather(found, atoms, by_source)
             if name == ATOMS:
-                more[name] = AtomPairs.of(edges[name], Grouped.of(edges[name], counts, most[name]), gather)
+                more[name] = AtomPairs.of(edges[name], Grouped.of(edges[name], counts[name], most[name]), gather)
             else:
                 more[name] = Neighbors(edges[name], places[name], gather)
     between = places.get(ATOM_EDGES)
+    if between is not None and (atom_edge or edge_atom):
+        both = mixed_triplets(on_main, between)
+        more["atom_to_edge"] = Triplets(between, on_main, both) if atom_edge else None
+        more["edge_to_atom"] = Triplets(on_main, between, both.transpose(1, 2).contiguous()) if edge_atom else None
     if rows is not None:
-        more[MIDDLES] = _middles(main.edges, on_main, edges[MIDDLES], places[MIDDLES], rows)
+        more[MIDDLES] = _middles(on_main, places[MIDDLES], rows)
     return GraphIndices(
         main,
         on_main,
@@ -195,41 +200,39 @@ def graph_indices(batch: AtomicData, graphs: Sequence[str], tags: Sequence[int],
         Triplets(on_main, on_main, triplets(on_main)),
         more.get(ATOMS),
         more.get(ATOM_EDGES),
-        Triplets(between, on_main, mixed_triplets(on_main, between)) if atom_edge and between is not None else None,
-        Triplets(on_main, between, mixed_triplets(between, on_main)) if edge_atom and between is not None else None,
+        more.get("atom_to_edge"),
+        more.get("edge_to_atom"),
         more.get(MIDDLES),
     )
 
 
-def _middles(edges: Edges, main: Padded, middles: Edges, places: Padded, rows: Tensor) -> Middles:
-    quads = quadruplets(edges, main, middles, places)
+def _middles(main: Padded, places: Padded, rows: Tensor) -> Middles:
+    quads, middles, atoms = quadruplets(main, places), places.edges, len(places.row)
     # Of each middle edge and place of a main one: the main edge, and the place of the middle one.
-    width = places.row.shape[1]
-    place = (places.place - middles.target * width).unsqueeze(1)
-    back = torch.add(place, main.row.index_select(0, middles.target), alpha=width)
+    back = torch.add(places.slot.unsqueeze(1), main.row.index_select(0, middles.target), alpha=places.row.shape[1])
     return Middles(
         middles,
         rows,
-        Gather.of(middles.source, len(edges.starts) - 1),
-        Gather(middles.target, len(edges.starts) - 1, None, middles.starts),
+        Gather.of(middles.source, atoms),
+        Gather(middles.target, atoms, None, middles.starts),
         places,
         quads,
         Exchange(quads.rows.flatten(), back.flatten()),
     )
 
 
-def _edges(batch: AtomicData, graph: str) -> Edges:
-    source, target = batch[graph_key("edge_index", graph)]
-    return Edges(source, target, batch[graph_key("edge_shift", graph)], segment_starts(target, batch.num_nodes))
+def _edges(batch: AtomicData, graphs: Sequence[str]) -> dict[str, Edges]:
+    ends = {name: batch[graph_key("edge_index", name)] for name in graphs}
+    number = numbers(max(index.shape[1] for index in ends.values()), batch.num_nodes, batch.numbers.device)
+    return {name: Edges.of(index, batch[graph_key("edge_shift", name)], batch.num_nodes, number) for name, index in ends.items()}
 
 
-def _tagged(batch: AtomicData, edges: Edges, tags: Sequence[int]) -> Bool[Tensor, " edges"]:
+def _middle_rows(batch: AtomicData, edges: Edges, tags: Sequence[int]) -> Int[Tensor, " middles"]:
     """Which edges can be in the middle of a quadruplet."""
     if "tags" not in batch:
-        return torch.ones_like(edges.source, dtype=torch.bool)
-    tagged = torch.zeros_like(batch.tags, dtype=torch.bool)
-    for tag in tags:
-        tagged = tagged | (batch.tags == tag)
-    some = torch.zeros(batch.num_systems, dtype=torch.int64, device=tagged.device).index_add(0, batch.batch, tagged.long()) > 0
-    tagged = tagged | ~some[batch.batch]
-    return tagged[edges.source] | tagged[edges.target]
+        return edges.number[: len(edges.target)]
+    masks = [batch.tags == tag for tag in tags] or [torch.zeros_like(batch.tags, dtype=torch.bool)]
+    tagged = functools.reduce(torch.logical_or, masks)
+    counts = batch.batch.new_zeros(batch.num_systems).index_add(0, batch.batch, tagged.long())
+    tagged = tagged | (counts == 0).index_select(0, batch.batch)
+    return torch.nonzero(tagged.index_select(0, edges.ends.flatten()).unflatten(0, edges.ends.shape).any(0)).squeeze(1)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from matfound import unpickle
 from matfound.errors import InputError
-from matfound.graphs import neighbors
+from matfound.fields import graph_key
+from matfound.graphs import neighbors, search
 from matfound.graphs.neighbors import Graph, add_graphs, edge_vectors, radius_graph
 from matfound.graphs.skin import SkinList
 from matfound.graphs.spec import GraphSpec
@@ -286,13 +287,13 @@ def test_ties_are_ordered_by_source_then_shift():
 def test_the_order_does_not_depend_on_the_search(monkeypatch):
     atoms = bulk("Cu", cubic=True).repeat((2, 2, 2))
     reference = graph_of(atoms, 5.0)
-    search = neighbors._search_pymatgen
+    found = search._search_pymatgen
 
     def shuffled(*args):
-        pairs = search(*args)
+        pairs = found(*args)
         return pairs.take(torch.randperm(len(pairs.source), generator=torch.Generator().manual_seed(0)))
 
-    monkeypatch.setattr(neighbors, "_search_pymatgen", shuffled)
+    monkeypatch.setattr(search, "_search_pymatgen", shuffled)
     assert all(torch.equal(a, b) for a, b in zip(graph_of(atoms, 5.0), reference, strict=True))
 
 
@@ -401,6 +402,20 @@ def test_max_neighbors_keeps_the_nearest(atoms, limit, strict):
 SPECS = {"main": GraphSpec(4.0), "a2a": GraphSpec(5.0, max_neighbors=7), "small": GraphSpec(2.5, max_neighbors=3, strict=False)}
 
 
+#: Cutoffs of a whole and of parts, limits that cut, that do not, and none; ties of all kinds.
+EVERY_KIND = {
+    "main": GraphSpec(5.7),
+    "same": GraphSpec(5.7),
+    "near": GraphSpec(4.2),
+    "all": GraphSpec(5.7, 10**6),
+    "some": GraphSpec(5.7, 12),
+    "few": GraphSpec(4.2, 5),
+    "tied": GraphSpec(5.7, 12, strict=False),
+    "near_tied": GraphSpec(4.2, 7, strict=False, tie_tolerance=0.3, tie_squared=False),
+    "wide": GraphSpec(4.2, 3, strict=False, tie_tolerance=100.0),
+}
+
+
 def assert_same(data: AtomicData, reference: AtomicData) -> None:
     assert sorted(data.keys()) == sorted(reference.keys())
     for name in reference.keys():
@@ -409,8 +424,8 @@ def assert_same(data: AtomicData, reference: AtomicData) -> None:
 
 def test_graphs_by_name_share_one_search(monkeypatch):
     radii = []
-    search = neighbors._search
-    monkeypatch.setattr(neighbors, "_search", lambda geometry, radius: radii.append(radius) or search(geometry, radius))
+    find = neighbors.find_pairs
+    monkeypatch.setattr(neighbors, "find_pairs", lambda geometry, radius: radii.append(radius) or find(geometry, radius))
     atoms = bulk("NaCl", "rocksalt", a=5.64)
     data = datum(atoms)
     assert add_graphs(data, SPECS) is data
@@ -423,6 +438,20 @@ def test_graphs_by_name_share_one_search(monkeypatch):
             assert torch.equal(data[field + suffix], getattr(graph, field))
     assert add_graphs(data, {}) is data
     assert edge_vectors(data, "a2a").shape == (14, 3)
+
+
+@pytest.mark.parametrize("rattle", [0.0, 0.05])
+def test_graphs_are_the_same_together_and_alone(rattle):
+    atoms = bulk("NaCl", "rocksalt", a=5.64).repeat((2, 1, 1)) + ase.Atoms("H", [[2.2, 1.1, 0.9]])
+    atoms.rattle(rattle, seed=1)
+    data = add_graphs(datum(atoms), EVERY_KIND)
+    for name, spec in EVERY_KIND.items():
+        graph = radius_graph(*tensors(atoms), spec)
+        for field in Graph._fields:
+            assert torch.equal(data[graph_key(field, name)], getattr(graph, field)), (name, field)
+    sizes = [len(data[graph_key("edge_perm", name)]) for name in EVERY_KIND]
+    assert sizes[0] == sizes[1] == sizes[3] > sizes[6] >= sizes[4] > 0
+    assert sizes[0] > sizes[2] > sizes[5] > 0 and sizes[2] == sizes[8]
 
 
 @settings(deadline=None, max_examples=40)
@@ -599,8 +628,8 @@ def has(package: str) -> bool:
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.lists(structures(), min_size=1, max_size=4), st.floats(0.5, 9.0), st.sampled_from([50, 2**24]))
-def test_all_pairs_of_whole_batches_are_what_pymatgen_finds(many, cutoff, chunk):
+@given(st.lists(structures(), min_size=1, max_size=4), st.floats(0.5, 9.0), st.sampled_from([50, 2**24]), st.sampled_from([0, 2**22]))
+def test_all_pairs_of_whole_batches_are_what_pymatgen_finds(many, cutoff, chunk, many_pairs):
     """The search of a GPU, here on the CPU."""
     assume(any(len(atoms) for atoms in many))
     batch = collate([datum(atoms) for atoms in many])
@@ -610,10 +639,36 @@ def test_all_pairs_of_whole_batches_are_what_pymatgen_finds(many, cutoff, chunk)
     except InputError:  # two atoms in one place
         reject()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, "_on_gpu", lambda tensor: True)
-        patch.setattr(neighbors, "CHUNK", chunk)
-        patch.setattr(neighbors, "_search_pymatgen", None)
+        patch.setattr(search, "_on_gpu", lambda tensor: True)
+        patch.setattr(search, "CHUNK", chunk)
+        patch.setattr(search, "MANY_CANDIDATES", many_pairs)
+        patch.setattr(search, "_search_pymatgen", None)
         assert_same(add_graphs(batch, specs), expected)
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [0, 2, 7, 6, 5, 3, 0]], ids=["cell", "crystal", "batch"])
+def test_ties_have_their_order_without_being_looked_for(chosen, monkeypatch):
+    """A GPU's search finds pairs in such an order that sorting by distance leaves ties sorted."""
+    batch = collate([datum(CASES[number]) for number in chosen])
+    expected = add_graphs(batch.clone(), EVERY_KIND)
+    monkeypatch.setattr(search, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(search, "_search_pymatgen", None)
+    monkeypatch.setattr(neighbors, "_untied", None)
+    assert_same(add_graphs(batch, EVERY_KIND), expected)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_graphs_on_a_gpu_are_few_operations(copies, counting, monkeypatch):
+    """Each costs the host more time than the GPU."""
+    batch = collate([datum(rattled(number)) for number in [1, 2, 1][:copies]])
+    specs = {"main": GraphSpec(6.0, 20), "a2a": GraphSpec(6.0, 1000), "a2ee2a": GraphSpec(5.0, 15), "qint": GraphSpec(6.0, 8)}
+    monkeypatch.setattr(search, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(neighbors, "_sort", torch.sort)
+    monkeypatch.setattr(neighbors, "_argsort", lambda key: torch.argsort(key, stable=True))
+    with counting() as count:
+        add_graphs(batch, specs)
+    assert count.calls <= 120
+    assert count.waits == 4, "the pairs, and three graphs that are a part of them"
 
 
 def test_too_many_pairs_go_to_vesin(monkeypatch):
@@ -621,9 +676,9 @@ def test_too_many_pairs_go_to_vesin(monkeypatch):
     expected = add_graphs(batch.clone(), SPECS)
     for name in ("nvalchemiops", "nvalchemiops.torch", "nvalchemiops.torch.neighbors"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(neighbors, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(neighbors, "MAX_CANDIDATES", 100)
-    monkeypatch.setattr(neighbors, "_search_vesin", neighbors._search_pymatgen)
+    monkeypatch.setattr(search, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(search, "MAX_CANDIDATES", 100)
+    monkeypatch.setattr(search, "_search_vesin", search._search_pymatgen)
     assert_same(add_graphs(batch, SPECS), expected)
 
 
@@ -632,7 +687,7 @@ def test_too_many_pairs_go_to_vesin(monkeypatch):
 def test_vesin_finds_what_pymatgen_finds(number, monkeypatch):
     """On the CPU: the conventions are those of the GPU."""
     expected = graph_of(rattled(number), 6.0, max_neighbors=30)
-    monkeypatch.setattr(neighbors, "_search_pymatgen", neighbors._search_vesin)
+    monkeypatch.setattr(search, "_search_pymatgen", search._search_vesin)
     assert all(torch.equal(a, b) for a, b in zip(graph_of(rattled(number), 6.0, max_neighbors=30), expected, strict=True))
 
 
@@ -640,11 +695,11 @@ def test_vesin_finds_what_pymatgen_finds(number, monkeypatch):
 def test_nvalchemi_finds_what_pymatgen_finds():
     batch = collate([datum(rattled(number)) for number in range(len(CASES))])
     geometry = neighbors._geometry(batch)
-    lattices = neighbors._lattices(batch.cell, batch.pbc)
-    pairs = neighbors._search_nvalchemi(batch.pos, lattices, batch.pbc, batch.batch, 5.0)
+    lattices = torch.from_numpy(search.full_lattices(batch.cell.numpy(), batch.pbc.numpy()))
+    pairs = search._search_nvalchemi(batch.pos, lattices, batch.pbc, batch.batch, 5.0)
     assert pairs is not None
     expected = add_graphs(batch, {"main": GraphSpec(5.0)})
-    graph = neighbors._select(pairs, geometry, GraphSpec(5.0))
+    graph = neighbors._select(pairs, geometry, 5.0).graph(GraphSpec(5.0))
     assert torch.equal(graph.edge_index, expected.edge_index)
     assert torch.equal(graph.edge_shift, expected.edge_shift)
 
@@ -665,7 +720,7 @@ def stand_in_for_nvalchemi(calls: list[dict]) -> types.ModuleType:
         pieces = []
         for system in range(len(cell)):
             rows = torch.nonzero(batch_idx == system).squeeze(1)
-            found = neighbors._search_pymatgen(positions[rows], cell[system], pbc[system], cutoff)
+            found = search._search_pymatgen(positions[rows], cell[system], pbc[system], cutoff)
             pieces.append((torch.stack([rows[found.target], rows[found.source]]), found.shift))
         pairs, shifts = torch.cat([pair for pair, _ in pieces], dim=1), torch.cat([shift for _, shift in pieces])
         return pairs.int(), torch.zeros(0), shifts.int()
@@ -683,8 +738,8 @@ def test_batches_go_to_nvalchemi_in_one_call(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvalchemiops.torch.neighbors", stand_in_for_nvalchemi(calls))
     batch = collate([datum(rattled(number)) for number in (0, 7, 1)])
     expected = add_graphs(batch.clone(), SPECS)
-    monkeypatch.setattr(neighbors, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(neighbors, "MAX_CANDIDATES", 0)
+    monkeypatch.setattr(search, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(search, "MAX_CANDIDATES", 0)
     assert_same(add_graphs(batch, SPECS), expected)
     assert calls == [{"systems": 2, "max_neighbors": 10}, {"systems": 2, "max_neighbors": 100}]
 
@@ -692,14 +747,14 @@ def test_batches_go_to_nvalchemi_in_one_call(monkeypatch):
 def test_vesin_missing_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vesin", None)
     with pytest.raises(InputError, match=r'pip install "matfound\[gpu\]"'):
-        neighbors._search_vesin(*tensors(bulk("Cu")), 4.0)
+        search._search_vesin(*tensors(bulk("Cu")), 4.0)
 
 
 def test_nvalchemi_missing_is_no_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvalchemiops", None)
     monkeypatch.setitem(sys.modules, "nvalchemiops.torch.neighbors", None)
     pos, cell, pbc = tensors(bulk("Cu"))
-    assert neighbors._search_nvalchemi(pos, cell[None], pbc[None], torch.zeros(1, dtype=torch.int64), 4.0) is None
+    assert search._search_nvalchemi(pos, cell[None], pbc[None], torch.zeros(1, dtype=torch.int64), 4.0) is None
 
 
 @pytest.mark.gpu

@@ -11,13 +11,13 @@ from matfound.graphs.triplets import (
     Edges,
     Grouped,
     Padded,
+    degrees,
     image_key,
     mixed_triplets,
     quadruplets,
     shift_key,
     symmetrised,
     triplets,
-    widths,
 )
 from matfound.structures.ase import from_atoms
 from matfound.structures.atomic_data import collate
@@ -31,8 +31,8 @@ def graphs() -> tuple[Edges, Edges]:
     """A symmetrised graph and another of a batch: a cell smaller than the cutoff, two atoms and one atom."""
     structures = [random_crystal(1, 2), random_crystal(0, 3, pbc=False), random_crystal(2, 1, pbc=False)]
     batch = collate([add_graphs(from_atoms(atoms), SPECS) for atoms in structures])
-    first = Edges.of(*batch.edge_index, batch.edge_shift, batch.num_nodes)
-    second = Edges.of(*batch["edge_index@other"], batch["edge_shift@other"], batch.num_nodes)
+    first = Edges.of(batch.edge_index, batch.edge_shift, batch.num_nodes)
+    second = Edges.of(batch["edge_index@other"], batch["edge_shift@other"], batch.num_nodes)
     return symmetrised(first).edges, second
 
 
@@ -46,7 +46,7 @@ def plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 def test_symmetrised(graphs):
     batch = collate([add_graphs(from_atoms(random_crystal(1, 2)), SPECS)])
-    directed = Edges.of(*batch.edge_index, batch.edge_shift, 2)
+    directed = Edges.of(batch.edge_index, batch.edge_shift, 2)
     found = symmetrised(directed)
     ours = rows(found.edges)
     zero = (0, 0, 0)
@@ -61,7 +61,11 @@ def test_symmetrised(graphs):
 
 
 def places(edges: Edges) -> Padded:
-    return Padded.of(edges, widths([edges])[0][0])
+    return Padded.of(edges, width(edges))
+
+
+def width(edges: Edges) -> int:
+    return int(degrees([edges]).max(initial=0))
 
 
 def pairs(outgoing: Padded, incoming: Padded, mask: torch.Tensor) -> list[tuple[int, int]]:
@@ -71,22 +75,22 @@ def pairs(outgoing: Padded, incoming: Padded, mask: torch.Tensor) -> list[tuple[
 
 def test_places(graphs):
     for edges in graphs:
-        found = Padded.of(edges, widths([edges])[0][0] + 1)
+        found = Padded.of(edges, width(edges) + 1)
         assert torch.equal(found.row.flatten()[found.place], torch.arange(len(edges.source)))
         assert found.valid.flatten()[found.place].all()
         assert int(found.valid.sum()) == len(edges.source)
         assert not found.valid[:, -1].any()
-        alone = found.valid.sum(1) == 0
-        assert torch.equal(edges.target[found.row[~alone]], torch.arange(len(alone))[~alone].unsqueeze(1).expand_as(found.row[~alone]))
+        assert torch.equal(edges.target[found.row[found.valid]], torch.nonzero(found.valid)[:, 0])
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 17, 1, 0, 4, 5, 16], [3, 4, 2], [0, 0], [6], []])
 def test_groups_have_few_empty_places(counts):
     target = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
-    edges = Edges.of(torch.zeros_like(target), target, torch.zeros(len(target), 3), len(counts))
-    (most,), sizes = widths([edges], edges)
-    found = Grouped.of(edges, sizes, most)
-    assert most == max(counts, default=0) and sum(sizes) == len(counts)
+    edges = Edges.of(torch.stack([torch.zeros_like(target), target]), torch.zeros(len(target), 3), len(counts))
+    (known,) = degrees([edges])
+    assert known.tolist() == counts
+    found = Grouped.of(edges, known, max(counts, default=0))
+    assert sum(size for size, _ in found.sizes) == len(counts)
     assert torch.equal(found.row[found.place], torch.arange(len(target)))
     assert found.valid[found.place].all() and int(found.valid.sum()) == len(target)
     assert len(found.row) <= sum(max(4, 2 * count) if count else 0 for count in counts)
@@ -125,7 +129,7 @@ def test_mixed_triplets(graphs):
 def test_quadruplets(graphs):
     edges, middle = graphs
     e, m, main, middles = rows(edges), rows(middle), places(edges), places(middle)
-    found = quadruplets(edges, main, middle, middles)
+    found = quadruplets(main, middles)
     expected, inner, outer = [], set(), set()
     for (o, (c, a, far)), (q, (b, a2, near)) in itertools.product(enumerate(e), enumerate(m)):
         if a != a2 or (b, near) == (c, far):
@@ -143,8 +147,7 @@ def test_quadruplets(graphs):
     # All d, also where no c is left.
     assert inner <= {(int(main.row[middle.source[q], d]), q) for q, d in torch.nonzero(found.inner).tolist()}
     assert {(int(middles.row[edges.target[o], b]), o) for o, b in torch.nonzero(found.outer).tolist()} == outer
-    width = main.row.shape[1]
-    middle_of, slot = found.rows[found.outer] // width, found.rows[found.outer] % width
+    middle_of, slot = found.rows[found.outer] // main.row.shape[1], found.rows[found.outer] % main.row.shape[1]
     edge, place = torch.nonzero(found.outer, as_tuple=True)
     assert torch.equal(main.row[middle.target[middle_of], slot], edge)
     assert torch.equal(middles.row[edges.target[edge], place], middle_of)
@@ -153,8 +156,8 @@ def test_quadruplets(graphs):
 def test_no_edges():
     none = torch.zeros(0, dtype=torch.int64)
     for atoms in (0, 2):
-        empty = Edges.of(none, none, torch.zeros(0, 3, dtype=torch.int64), atoms)
-        assert widths([empty, empty])[0] == [0, 0]
+        empty = Edges.of(torch.stack([none, none]), torch.zeros(0, 3, dtype=torch.int64), atoms)
+        assert degrees([empty, empty]).tolist() == [[0] * atoms] * 2
         found = places(symmetrised(empty).edges)
         assert triplets(found).shape == mixed_triplets(found, found).shape == (atoms, 0, 0)
-        assert quadruplets(empty, found, empty, found).mask.shape == (0, 0, 0)
+        assert quadruplets(found, found).mask.shape == (0, 0, 0)

@@ -14,6 +14,7 @@ import ase.build
 import ase.io
 import pytest
 import torch
+from ase.build import bulk
 
 from matfound import unpickle
 from matfound.errors import InputError
@@ -122,6 +123,30 @@ def test_tags():
     zeros.set_tags(0)
     assert quads(potential, [zeros, partly]) == quads(potential, [partly]) + untagged
     assert quads(small(quadruplet_tags=[0, 1, 2]), [partly]) == untagged
+
+
+def test_places_may_be_more_than_edges():
+    """One atom has one edge, and the number of places is rounded up."""
+    potential = small(max_neighbors=1, max_neighbors_quadruplets=1, max_neighbors_atom_edges=1, max_neighbors_atoms=1)
+    batch = collate([prepare(potential, bulk("Al", "fcc", a=3.6))])
+    assert batch.edge_index.shape == (2, 1)
+    index = potential.backbone.indices(batch)
+    assert index.atom_edges.places.row.shape == (1, 4)
+    evaluate(potential, [bulk("Al", "fcc", a=3.6)])
+
+
+def test_indices_are_few_operations(counting):
+    """On a GPU each costs the host more time than the GPU."""
+    potential = small()
+    for count in (1, 3):
+        structures = [atoms.copy() for atoms in crystals()[:count]]
+        for atoms in structures:
+            atoms.set_tags(1)
+        batch = collate([prepare(potential, atoms) for atoms in structures])
+        with counting() as found:
+            potential.backbone.indices(batch)
+        assert found.calls <= 110
+        assert found.waits == 2, "main and middle edges; that for numbers of edges is none on a CPU"
 
 
 def test_forces_that_add_up():

@@ -17,7 +17,7 @@ def test_exchange():
 def test_places():
     """Edges of three atoms, of which one has none."""
     target = torch.tensor([0, 0, 0, 2])
-    edges = Edges.of(torch.tensor([1, 2, 1, 0]), target, torch.zeros(4, 3, dtype=torch.int64), 3)
+    edges = Edges.of(torch.stack([torch.tensor([1, 2, 1, 0]), target]), torch.zeros(4, 3, dtype=torch.int64), 3)
     places = Padded.of(edges, 3)
     assert torch.equal(pad(X, places)[places.valid], X)
     assert torch.equal(unpad(pad(X, places), places), X)
@@ -30,7 +30,7 @@ def test_places():
 
 def test_nothing():
     nothing = torch.zeros(0, dtype=torch.int64)
-    empty = Edges.of(nothing, nothing, torch.zeros(0, 3, dtype=torch.int64), 2)
+    empty = Edges.of(torch.stack([nothing, nothing]), torch.zeros(0, 3, dtype=torch.int64), 2)
     x = torch.zeros(0, 5, requires_grad=True)
     found = unpad(pad(x, Padded.of(empty, 0)), Padded.of(empty, 0))
     (gradient,) = torch.autograd.grad(found.sum(), x)
