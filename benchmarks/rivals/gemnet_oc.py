@@ -74,7 +74,8 @@ class Code(ABC):
     def train(self, labels: Outputs, *, step: bool) -> Callable[[], Tensor]:
         """Forward and backward of an L1 loss of energies and forces, and with `step` AdamW."""
         self.module.train()
-        optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], lr=1e-9)
+        # Its work, and the weights stay what they are, for what is measured next.
+        optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], lr=0.0)
 
         def run() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
