@@ -239,7 +239,8 @@ class Program:
     def differentiate(self) -> None:
         """Gradients of the parameters; the second graph."""
         learned = [self.outputs[name] for name in self.given]
-        self.gradients = torch.autograd.grad(learned, self.parameters, list(self.given.values()), allow_unused=True)
+        with torch.autocast(self.batch.numbers.device.type, enabled=False):  # as where a loss is differentiated
+            self.gradients = torch.autograd.grad(learned, self.parameters, list(self.given.values()), allow_unused=True)
         self.outputs = {name: value.detach() for name, value in self.outputs.items()}
 
     def record(self) -> None:

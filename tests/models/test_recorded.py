@@ -184,6 +184,27 @@ def test_other_weights_and_types_are_recorded_anew() -> None:
 
 
 @pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("parts", [schnet, equiformer_v3])
+def test_under_autocast(parts: Callable[[], tuple[Backbone, dict[str, Head]]]) -> None:
+    """What is differentiated by the loss is so outside of autocast, recorded or not."""
+    model = potential(parts).float()
+    batch = batches(model)[0]
+    found = []
+    for record in (False, True):
+        if record:
+            model.record()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            predictions = model(batch)
+            loss = (predictions["forces"].float() - 1).square().sum() + (predictions["energy"].float() - 1).square().sum()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=2e-2, atol=2e-2 * max(1e-3, float(b.abs().max())))
+    assert isinstance(model._forward, recorded.RecordedForward) and model._forward.recorded == 1
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_a_failing_record_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -250,6 +271,24 @@ def test_replayed_on_a_gpu(parts: Callable[[], tuple[Backbone, dict[str, Head]]]
             assert_same(model, batch.to("cuda"), 1e-9)
     assert isinstance(model._forward, recorded.RecordedForward)
     assert model._forward.recorded == 3 and not model._forward.failed
+
+
+@pytest.mark.gpu
+def test_under_autocast_on_a_gpu() -> None:
+    model = potential(equiformer_v3).float().to("cuda")
+    batch = batches(model)[0].to("cuda")
+    losses = []
+    for record in (False, True):
+        if record:
+            model.record()
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                predictions = model(batch)
+            loss = predictions["forces"].float().square().sum()
+            loss.backward()
+        losses.append(float(loss))
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2)
+    assert isinstance(model._forward, recorded.RecordedForward) and not model._forward.failed
 
 
 @pytest.mark.gpu
