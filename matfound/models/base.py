@@ -120,7 +120,8 @@ class Potential(Configurable):
         """From now on, record forward and backward pass of training steps on a GPU as CUDA graphs, which are replayed in further steps:
         several times faster for small batches.
 
-        Weights, results and what autograd sees stay as they are, but for rounding; second derivatives of the results are not possible.
+        Weights, results and what autograd sees stay as they are, but for rounding. Results have first derivatives only, which must be taken
+        once, before the next batch is computed.
         See `matfound.models.recorded`. Where a model cannot be recorded, a warning says so, and it runs as it is.
         """
         self._forward = recorded.RecordedForward()

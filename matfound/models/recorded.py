@@ -173,6 +173,8 @@ class Program:
         self.outputs: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
         self.gradients: Sequence[Tensor | None] = ()
+        #: Counts what has been replayed: a backward pass must follow its own forward pass.
+        self.turn = 0
         self._run = [self.compute, self.differentiate]
 
     def _kind(self, batch: AtomicData) -> tuple[Any, ...]:
@@ -267,9 +269,10 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: Program, systems: int, atoms: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         program._run[0]()
+        program.turn += 1
         rows = {program.sizes.systems: systems, program.sizes.atoms: atoms}
         found = {name: value.detach()[: rows[value.shape[0]]].clone() for name, value in program.outputs.items()}
-        ctx.program, ctx.names = program, list(found)
+        ctx.program, ctx.turn, ctx.names = program, program.turn, list(found)
         ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in program.given))
         return tuple(found.values())
 
@@ -277,6 +280,9 @@ class _Replayed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         program: Program = ctx.program
+        if ctx.turn != program.turn:
+            raise RuntimeError("a recorded model has computed another batch since, or this one's derivatives; use it without record()")
+        program.turn += 1
         for name, g in zip(ctx.names, gradients, strict=True):
             if (given := program.given.get(name)) is not None:
                 given.zero_()

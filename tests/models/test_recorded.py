@@ -160,6 +160,18 @@ def test_what_is_not_recorded() -> None:
 
 
 @pytest.mark.usefixtures("anywhere")
+def test_derivatives_of_what_is_gone_are_refused() -> None:
+    model = potential()
+    model.record()
+    first, second = (model(batch)["energy"].sum() for batch in batches(model)[:2])
+    with pytest.raises(RuntimeError, match="another batch"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="this one's derivatives"):
+        second.backward()
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_other_weights_and_types_are_recorded_anew() -> None:
     model = potential()
     model.record()
