@@ -30,6 +30,8 @@ myst_heading_anchors = 3
 # `name` in a docstring is code, as in Markdown.
 default_role = "code"
 autodoc_member_order = "bysource"
+# A type in a signature, such as bytes, may be the name of several classes' attributes: it is not linked.
+suppress_warnings = ["ref.python"]
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
