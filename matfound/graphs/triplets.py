@@ -194,11 +194,6 @@ def numbers(edges: int, atoms: int, device: torch.device) -> Int[Tensor, " numbe
     return torch.arange(max(2 * edges, atoms) + SPARE, device=device)
 
 
-def segment_starts(index: Int[Tensor, " rows"], size: int) -> Int[Tensor, " size_and_one"]:
-    """Where the rows of each value of a sorted index begin, and the last one's end."""
-    return torch.searchsorted(index, torch.arange(size + 1, device=index.device))
-
-
 def shift_key(shift: Int[Tensor, "rows 3"]) -> Int[Tensor, " rows"]:
     """A number for a lattice shift: that of a sum is the sum, and it has the sign of the first component that is not 0."""
     x, y, z = shift.unbind(1)
